@@ -1,0 +1,65 @@
+"""What this machine can do: its devices, the dtype it computes fast in, and the memory that a run has used."""
+
+import ctypes
+import os
+import sys
+
+import torch
+
+from .errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a CUDA GPU, then Apple's, then the CPU. Raises UserError for a device that is not here."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, found in here.items() if found)
+    if not here[name]:
+        raise UserError(f"--device {name}: this machine (or this build of torch) has none; there is "
+                        f"{', '.join(device for device, found in here.items() if found)}")
+    return torch.device(name)
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies matrices in bf16; emulated, it would be slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # torch has no public name for these
+        return any(getattr(torch.cpu, check, bool)() for check in checks)
+    return False
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 where the hardware has it, else fp32. bf16 by name is honoured wherever torch can do it."""
+    if name == "auto":
+        name = "bf16" if fast_bf16(device) else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new measurement. On Linux the freed heap goes back to the system first, so that one run's peak does not
+    hide the next one's; other systems cannot reset a process's peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        except (OSError, AttributeError):  # no glibc, or /proc is closed: the peak is then the whole process's
+            pass
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at the highest point since the reset: allocated on a GPU, resident in the process on a CPU. None on
+    Windows, where Python's standard library does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.path.exists("/proc/self/status"):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    if sys.platform == "win32":
+        return None
+    import resource  # exists on Unix alone
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

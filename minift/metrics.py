@@ -1,0 +1,140 @@
+"""How good a model is: loss on target tokens, ROUGE and exact match of what it generates, and what it forgot."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .data import Example, collate
+from .errors import UserError
+from .generate import generate
+from .model import GPT, IGNORE
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Over all target tokens of a set of rows: nats a token, its exponential, and the share predicted right."""
+
+    loss: float
+    perplexity: float
+    token_accuracy: float
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a model wrote for a set of rows: shares of exact matches, and mean ROUGE F-measures, all in 0..1."""
+
+    exact_match: float
+    rouge1: float
+    rouge2: float
+    rougeL: float
+
+
+def words(text: str) -> list[str]:
+    """The tokens of the rouge-score package without its stemmer: lower case, runs of a-z and 0-9."""
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def f_measure(matches: int, predicted: int, wanted: int) -> float:
+    return 2 * matches / (predicted + wanted) if matches else 0.0
+
+
+def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Its length, a row of the table at a time in the bits of one integer (Hyyrö 2004)."""
+    places: dict[str, int] = {}
+    for i, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << i
+    row = (1 << len(a)) - 1
+    for word in b:
+        hits = row & places.get(word, 0)
+        row = (row + hits | row - hits) & (1 << len(a)) - 1
+    return len(a) - row.bit_count()
+
+
+def rouge(prediction: str, reference: str) -> dict[str, float]:
+    """ROUGE-1, -2 and -L (Lin 2004) as F-measures, equal to the rouge-score package's without stemming."""
+    p, r = words(prediction), words(reference)
+    scores = {}
+    for n in (1, 2):
+        grams = [Counter(zip(*(text[i:] for i in range(n)), strict=False)) for text in (p, r)]
+        overlap = (grams[0] & grams[1]).total()
+        scores[f"rouge{n}"] = f_measure(overlap, grams[0].total(), grams[1].total())
+    return scores | {"rougeL": f_measure(longest_common_subsequence(p, r), len(p), len(r))}
+
+
+@torch.no_grad()
+def measure_losses(model: GPT, examples: list[Example], batch: int) -> Losses:
+    """Teacher-forced scores of all rows; rows of like length share a batch, which changes no number."""
+    was_training = model.training
+    model.eval()
+    loss = right = count = 0
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    for start in range(0, len(ordered), batch):
+        ids, targets = (t.to(model.device) for t in collate(ordered[start : start + batch], pad_id=0))
+        learned = targets != IGNORE
+        logits = model.logits(model.hidden(ids)[learned])  # (target tokens, V)
+        loss += F.cross_entropy(logits, targets[learned], reduction="sum").item()
+        right += (logits.argmax(-1) == targets[learned]).sum().item()
+        count += len(logits)
+    model.train(was_training)
+    return Losses(loss / count, safe_exp(loss / count), right / count)
+
+
+def safe_exp(x: float) -> float:
+    """exp(x), infinite where a float ends."""
+    return math.exp(x) if x < 709 else math.inf
+
+
+def write_completions(model: GPT, examples: list[Example], max_new_tokens: int, batch: int) -> list[str]:
+    """Greedy completions of the rows' prompts, in their order; a prompt that leaves no room loses its beginning."""
+    room = model.config.n_positions - model.prompt_tokens - max_new_tokens
+    if room < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's "
+                        f"{model.config.n_positions} positions: lower it")
+    order = sorted(range(len(examples)), key=lambda i: examples[i].n_prompt)
+    texts = [""] * len(examples)
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        prompts = [examples[i].ids[: examples[i].n_prompt][-room:] for i in rows]
+        for i, new in zip(rows, generate(model, prompts, max_new_tokens, stop=model.config.eos_token_id), strict=True):
+            texts[i] = model.tokenizer.decode(new).strip()
+    return texts
+
+
+def score_texts(predictions: list[str], references: list[str]) -> Texts:
+    """Predictions against references, row by row; an exact match ignores white space at both ends."""
+    rows = [{"exact_match": float(p.strip() == r.strip()), **rouge(p, r)}
+            for p, r in zip(predictions, references, strict=True)]
+    return Texts(**{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]})
+
+
+@torch.no_grad()
+def general_loss(model: GPT, text: str, batch: int) -> float:
+    """Nats a token on text outside the task, in windows of half the model's positions (512 at most), so that base and
+    tuned model read the same windows even behind a soft prompt, which stays attached."""
+    ids = model.tokenizer.encode(text, add_special_tokens=False).ids
+    window = min(512, model.config.n_positions // 2)
+    rows = [ids[i : i + window + 1] for i in range(0, len(ids) - 1, window)]
+    if not rows:
+        raise UserError("the general text holds fewer than two tokens: there is nothing to score")
+    was_training = model.training
+    model.eval()
+    loss = 0.0
+    for start in range(0, len(rows), batch):
+        some = rows[start : start + batch]
+        padded = torch.full((len(some), max(map(len, some))), IGNORE)
+        for i, row in enumerate(some):
+            padded[i, : len(row)] = torch.tensor(row)
+        padded = padded.to(model.device)
+        loss += model.loss(padded[:, :-1].clamp(min=0), padded[:, 1:]).item()
+    model.train(was_training)
+    return loss / (len(ids) - 1)
+
+
+def as_dict(losses: Losses, texts: Texts) -> dict[str, float]:
+    """The seven scores of a model under the names that result.json and eval.py use."""
+    return asdict(losses) | asdict(texts)

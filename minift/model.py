@@ -1,0 +1,264 @@
+"""GPT-2 by hand: a decoder-only Transformer with pre-norm blocks, fused qkv, learned positions and a tied head.
+
+Module names are those of Hugging Face's GPT-2 (wte, wpe, h.0.attn.c_attn, ...), so that a parameter has one name
+everywhere. Every weight is stored as (out, in), like torch's Linear; minift/weights.py turns GPT-2's files round.
+Letters in shape comments: B rows, T tokens, C = n_embd, nh heads, hs = C / nh, V vocabulary, P soft-prompt tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from .errors import UserError
+
+IGNORE = -100  # a target that is not learned: the prompt's tokens and the padding
+
+ACTIVATIONS = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The fields of GPT-2's config.json that change the computation, under the same names; GPT-2 small by default."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # width of the MLP; None: 4 n_embd
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    eos_token_id: int = 50256
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], where: str) -> "GPTConfig":
+        """From a parsed config.json; `where` names the file in errors. Raises UserError for what is not GPT-2."""
+        if raw.get("model_type") != "gpt2":
+            raise UserError(f"{where}: model_type is {raw.get('model_type')!r}, and only 'gpt2' can be loaded")
+        kinds = {int: "a positive whole number", float: "a number", bool: "true or false", str: "a text"}
+        values = {}
+        for name, kind in cls.__annotations__.items():
+            value = raw.get(name, getattr(cls, name))
+            base = int if kind == int | None else kind
+            if value is None and kind == int | None:
+                values[name] = None
+                continue
+            right = type(value) in ((int, float) if base is float else (base,))
+            if not right or (base is int and value < (0 if name == "eos_token_id" else 1)):
+                raise UserError(f"{where}: {name} is {value!r:.80}, and must be {kinds[base]}")
+            values[name] = value
+        config = cls(**values)
+        if config.activation_function not in ACTIVATIONS:
+            raise UserError(f"{where}: activation_function {config.activation_function!r} is not known here; "
+                            f"known: {', '.join(ACTIVATIONS)}")
+        if config.n_embd % config.n_head:
+            raise UserError(f"{where}: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        if config.eos_token_id >= config.vocab_size:
+            raise UserError(f"{where}: eos_token_id {config.eos_token_id} lies outside the vocabulary of "
+                            f"{config.vocab_size} tokens")
+        if raw.get("add_cross_attention"):
+            raise UserError(f"{where}: add_cross_attention is set, and this is a decoder-only GPT-2")
+        return config
+
+    @property
+    def mlp_width(self) -> int:
+        return self.n_inner or 4 * self.n_embd
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in its input's dtype: frozen weights already have it, tuned ones stay in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation in its input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class KVCache:
+    """Keys and values of all blocks. A token at position p of a row sits in slot p, so rows of different lengths
+    need no left padding: what lies beyond a row's own position is masked, and overwritten as the row grows."""
+
+    def __init__(self, config: GPTConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
+        shape = (config.n_layer, rows, config.n_head, slots, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def prefill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self.k[layer, :, :, : k.shape[2]] = k
+        self.v[layer, :, :, : v.shape[2]] = v
+
+    def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """One token a row, (B, nh, 1, hs), at its row's position; gives the slots in use, (B, nh, longest, hs)."""
+        rows = torch.arange(len(positions), device=positions.device)
+        self.k[layer][rows, :, positions] = k[:, :, 0]
+        self.v[layer][rows, :, positions] = v[:, :, 0]
+        used = int(positions.max()) + 1
+        return self.k[layer, :, :, :used], self.v[layer, :, :, :used]
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention; query, key and value come out of one fused matrix."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.layer, self.n_head = layer, config.n_head
+        self.scale = 1 / math.sqrt(config.n_embd // config.n_head) if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+
+    def forward(self, x: Tensor, dropout: float, cache: KVCache | None, positions: Tensor | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T, nh, hs) -> (B, nh, T, hs)
+        if positions is None:
+            if cache is not None:
+                cache.prefill(self.layer, k, v)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
+        else:
+            k, v = cache.append(self.layer, k, v, positions)
+            seen = torch.arange(k.shape[2], device=x.device) <= positions[:, None]  # (B, longest)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None], scale=self.scale)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two linear layers with GPT-2's activation between them."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, config.mlp_width)
+        self.c_proj = Linear(config.mlp_width, config.n_embd)
+        self.activation = ACTIVATIONS[config.activation_function]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a normalised input and added to the residual stream.
+
+    `attn_adapter` and `mlp_adapter` are the places where bottleneck adapters go (Houlsby et al. 2019, figure 2):
+    on a sublayer's output, before it is added. Empty, they are the identity.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.attn_adapter = nn.Identity()
+        self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+        self.mlp_adapter = nn.Identity()
+
+    def forward(self, x: Tensor, dropout: float, cache: KVCache | None, positions: Tensor | None) -> Tensor:
+        attended = self.attn_adapter(self.attn(self.ln_1(x), dropout, cache, positions))
+        x = x + F.dropout(attended, dropout)
+        return x + F.dropout(self.mlp_adapter(self.mlp(self.ln_2(x))), dropout)
+
+
+class GPT(nn.Module):
+    """The model. `hidden` gives the states, `loss` what training minimises, `generate` (minift/generate.py) text.
+
+    `prompt` is the place where a soft prompt goes: a module whose `weight` is (P, C), put before every row.
+    `dropout` is GPT-2's embedding, attention and residual dropout while training; 0 until somebody sets it.
+    `compute_dtype` is what activations are made in; see `set_compute_dtype`. `tokenizer`, `folder` and `fingerprint`
+    say where the weights came from; weights.load sets them.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.prompt: nn.Module | None = None
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.dropout = 0.0
+        self.compute_dtype = torch.float32
+        self.tokenizer: Tokenizer | None = None
+        self.folder: Path | None = None
+        self.fingerprint: str | None = None
+
+    def init_weights(self, seed: int) -> None:
+        """GPT-2's start: normal(0, 0.02), residual projections divided by sqrt(2 n_layer), biases 0, norms 1."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
+            else:
+                std = 0.02 / (math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1)
+                parameter.data.normal_(0.0, std, generator=generator)
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Compute in `dtype`. Frozen floating-point weights are converted once and for all; tuned ones stay fp32 and
+        are cast where they are used, so that the optimizer's small steps are not rounded away."""
+        self.compute_dtype = dtype
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many of the model's positions a soft prompt takes: 0 without one."""
+        return 0 if self.prompt is None else self.prompt.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """Final hidden states, (B, T) token ids -> (B, T, C), after the last norm and without the soft prompt's.
+
+        Rows may be padded on the right: attention is causal, so padding changes no real token. With a `cache` and no
+        `positions` the rows are stored from position 0 on; with `positions` (B,), ids is (B, 1) and each row goes on
+        at its own position. Raises UserError when a row does not fit into the model's positions.
+        """
+        P, T = self.prompt_tokens, ids.shape[1]
+        if positions is None:
+            if P + T > self.config.n_positions:
+                soft = f" and {P} of the soft prompt" if P else ""
+                raise UserError(f"{T} tokens{soft} do not fit into the model's {self.config.n_positions} positions: "
+                                "shorten the text, or lower --max-length or --max-new-tokens")
+            x = self.wte(ids)
+            if self.prompt is not None:
+                soft = self.prompt.weight.to(x.dtype).expand(len(ids), P, -1)
+                x = torch.cat([soft, x], dim=1)  # (B, T, C) -> (B, P + T, C)
+            x = x + self.wpe.weight[: P + T]
+        else:
+            x = self.wte(ids) + self.wpe(positions)[:, None]
+            P = 0
+        dropout = self.dropout if self.training else 0.0
+        x = F.dropout(x.to(self.compute_dtype), dropout)
+        for block in self.h:
+            x = block(x, dropout, cache, positions)
+        return self.ln_f(x[:, P:])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V) in fp32; the head is the token embedding."""
+        return F.linear(hidden, self.wte.weight.to(hidden.dtype)).float()
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """The sum of -log p over the target tokens, in nats. ids, targets: (B, T); targets[b, t] is the token after
+        ids[b, t], or IGNORE. Only target positions meet the vocabulary: the prompt's logits are never made."""
+        learned = targets != IGNORE
+        return F.cross_entropy(self.logits(self.hidden(ids)[learned]), targets[learned], reduction="sum")

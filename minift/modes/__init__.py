@@ -1,0 +1,62 @@
+"""The tuning modes, one file each, and what they have in common.
+
+A mode is a module with three names: `Options`, a frozen dataclass whose fields become command-line flags; `TRAINING`,
+its measured defaults for lr and weight_decay; and `apply(model, options)`, which injects what the mode adds to a wholly
+frozen model and unfreezes what trains. A mode that adds parameters may have `merge(model)`, which folds them into the
+base's own weights, or raises UserError with the reason why it cannot. Nothing else in the project asks for a mode by name.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..model import GPT
+from . import adapter, full, lora, prompt, selective
+
+MODES = {
+    "full": full,
+    "selective": selective,
+    "lora": lora,
+    "prompt": prompt,
+    "adapter": adapter,
+}
+
+
+def apply(model: GPT, mode: str, options: Any) -> None:
+    """Freeze the model, then let the mode inject and unfreeze. Raises UserError for options that cannot be honoured."""
+    model.requires_grad_(False)
+    MODES[mode].apply(model, options)
+
+
+def tuned_parameters(model: GPT) -> dict[str, torch.nn.Parameter]:
+    """Every parameter that trains, by name: what the optimizer gets, and all that a tuned file holds."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_tuned(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy a tuned file's tensors into a model to which the same mode was applied. Raises UserError, with every
+    difference, unless names and shapes are exactly those that train."""
+    tuned = tuned_parameters(model)
+    faults = [f"{name} is missing" for name in tuned if name not in tensors]
+    faults += [f"{name} is not expected" for name in tensors if name not in tuned]
+    faults += [f"{name} is {tuple(tensors[name].shape)} and not {tuple(p.shape)}" for name, p in tuned.items()
+               if name in tensors and tensors[name].shape != p.shape]
+    if faults:
+        raise UserError(f"{where} does not fit the model and options it names: {'; '.join(faults)}")
+    for name, parameter in tuned.items():
+        parameter.copy_(tensors[name])
+
+
+def merge(model: GPT, mode: str) -> None:
+    """Leave GPT-2's own parameters alone to say what the tuned model does, so that it can be saved as a plain GPT-2.
+    Raises UserError, with the mode's reason, where that is impossible."""
+    with torch.device("meta"):
+        base = set(GPT(model.config).state_dict())
+    if set(tuned_parameters(model)) <= base:
+        return
+    if not hasattr(MODES[mode], "merge"):
+        raise UserError(f"mode {mode} adds parameters of its own and has no merge")
+    MODES[mode].merge(model)

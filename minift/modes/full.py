@@ -1,0 +1,16 @@
+"""Full tuning: every parameter of the base trains. The yardstick for the other modes."""
+
+from dataclasses import dataclass
+
+from ..model import GPT
+
+TRAINING = {"lr": 5e-5, "weight_decay": 0.01}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Full tuning has nothing to choose."""
+
+
+def apply(model: GPT, options: Options) -> None:
+    model.requires_grad_(True)
