@@ -1,21 +1,21 @@
 """Fine-tune GPT-2 on prompt-completion pairs: full, selective, LoRA, soft prompt or adapters, in one script.
 
-    python train.py                                             tune the embedded base on the embedded pairs, with LoRA
-    python train.py --mode all                                  every mode on the same rows, and one table
-    python train.py --model gpt2 --data my.jsonl --mode lora    GPT-2 on your own pairs
+    python train.py                                   tune the embedded base on the embedded pairs, with LoRA
+    python train.py --mode all                        every mode on the same rows, and one table
+    python train.py --model gpt2 --data my.jsonl      GPT-2 on your own pairs
 
-It reads from top to bottom: options, one training run, scores, main. The loop never asks which mode it is in: a mode
-(minift/modes/) decides what is injected and what trains, and whatever trains is what the optimizer gets and a run saves.
+It reads from top to bottom: options, one training run, scores, main. The loop never asks which mode it is in:
+a mode (minift/modes/) decides what is injected and what trains, and whatever trains is what the optimizer
+gets and a run saves.
 """
 
-import json
 import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from minift import compare, data, metrics, modes, run, weights
 from minift.data import DataOptions, Example
 from minift.errors import UserError, run_script
-from minift.machine import choose_device, choose_dtype, peak_memory, reset_peak_memory
+from minift.machine import DEVICES, DTYPES, choose_device, choose_dtype, peak_memory, reset_peak_memory
 from minift.model import GPT
 from minift.options import Parser, add_options, flag, option, resolve
 
@@ -34,39 +34,37 @@ TINY = Path(__file__).parent / "data" / "tiny"  # the embedded base, its pairs a
 @dataclass(frozen=True)
 class TrainOptions:
     mode: str = option("lora", f"how to tune: {', '.join(modes.MODES)}, a comma list of them, or all")
-    model: str | None = option(None, "a folder's path, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 from the "
+    model: str | None = option(None, "a folder's path, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
+                                     "distilgpt2 from the "
                                      "Hub (default: the embedded base)")
     out: str | None = option(None, "folder of the run (default: runs/MODE-1, runs/MODE-2, ...)")
     overwrite: bool = option(False, "replace the run that is in --out")
     epochs: float = option(3.0, "passes over the training rows")
     steps: int | None = option(None, "optimizer steps, instead of --epochs")
     batch: int = option(16, "rows in a forward pass")
-    accumulate: int = option(1, "forward passes in an optimizer step; the loss is a mean over all their target tokens")
+    accumulate: int = option(1, "forward passes in an optimizer step; the loss is a mean over all their "
+                                "target tokens")
     lr: float | None = option(None, "peak learning rate (default: the mode's)")
-    weight_decay: float | None = option(None, "decay of matrices; biases, norms and soft prompts have none (default: "
+    weight_decay: float | None = option(None, "decay of matrices; biases, norms and soft prompts have none "
+                                              "(default: "
                                               "the mode's)")
     schedule: str = option("cosine", "the learning rate after warm-up", ("cosine", "linear", "constant"))
     warmup_ratio: float = option(0.06, "share of the steps in which the learning rate rises from 0")
     clip: float = option(1.0, "largest norm of the whole gradient; 0 leaves it alone")
-    model_dropout: float = option(0.0, "GPT-2's own dropout (embeddings, attention, residuals); config.json's is unused")
+    model_dropout: float = option(0.0, "GPT-2's own dropout (embeddings, attention, residuals); "
+                                       "config.json's is unused")
     eval_every: int | None = option(None, "steps between validations (default: ten validations a run)")
     patience: int = option(3, "validations without a better loss before the run stops; 0 never stops early")
     val_rows: int = option(200, "validate on the first N validation rows")
     test_rows: int = option(200, "score the first N test rows at the end")
     max_new_tokens: int = option(64, "length limit of generated completions")
-    general: str | None = option(None, "a text file outside the task: its loss before and after is the forgetting")
-    dtype: str = option("auto", "compute dtype; auto: bf16 where the hardware has it", ("auto", "fp32", "bf16"))
-    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
+    general: str | None = option(None, "a text file outside the task: its loss before and after is the "
+                                       "forgetting")
+    dtype: str = option("auto", "what to compute in; auto: bf16 where the hardware has it", DTYPES)
+    device: str = option("auto", "where to compute", DEVICES)
     seed: int = option(0, "seed of everything random: split, order, initialisation, dropout")
-    resume: str | None = option(None, "go on with the run in this folder, with the options it was started with")
-
-
-class Rows(NamedTuple):
-    """The three splits as tokens."""
-
-    train: list[Example]
-    val: list[Example]
-    test: list[Example]
+    resume: str | None = option(None, "go on with the run in this folder, with the options it was started "
+                                      "with")
 
 
 def make_optimizer(model: GPT, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -76,11 +74,13 @@ def make_optimizer(model: GPT, lr: float, weight_decay: float) -> torch.optim.Ad
     decayed = [p for p in tuned if p.dim() >= 2 and p not in bare]
     others = [p for p in tuned if p.dim() < 2 or p in bare]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=model.device.type != "mps")
+    fused = model.device.type != "mps"
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=fused)
 
 
 def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> float:
-    """The share of the peak learning rate at a step (0 is the first): linear warm-up, then the schedule, down to 0."""
+    """The share of the peak learning rate at a step (0 is the first): linear warm-up, then the schedule, down
+    to 0."""
     warmup = math.ceil(steps * warmup_ratio)
     if step < warmup:
         return (step + 1) / warmup
@@ -89,8 +89,8 @@ def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> floa
 
 
 def steps_from(examples: list[Example], options: TrainOptions, first: int) -> Iterator[list[list[Example]]]:
-    """What each optimizer step learns from, without end, from step `first` on: up to `accumulate` batches of one epoch.
-    An epoch's order depends on the seed and its number alone, so a run resumes at any step."""
+    """What each optimizer step learns from, without end, from step `first` on: up to `accumulate` batches of
+    one epoch. An epoch's order depends on the seed and its number alone, so a run resumes at any step."""
     per_epoch = math.ceil(math.ceil(len(examples) / options.batch) / options.accumulate)
     epoch, skipped = divmod(first, per_epoch)
     while True:
@@ -109,8 +109,9 @@ def total_steps(examples: list[Example], options: TrainOptions) -> int:
 
 def train_step(model: GPT, optimizer: torch.optim.Optimizer, micro_batches: list[list[Example]],
                clip: float) -> tuple[float, float]:
-    """One optimizer step; gives the loss in nats a target token and the gradient's norm. The loss is the sum over the
-    target tokens of all micro-batches divided by their number, so 1 x 8 rows and 8 x 1 row are the same step."""
+    """One optimizer step; gives the loss in nats a target token and the gradient's norm. The loss is the sum
+    over the target tokens of all micro-batches divided by their number, so 1 x 8 rows and 8 x 1 row are the
+    same step."""
     targets_in_step = sum(len(e.ids) - e.n_prompt for batch in micro_batches for e in batch)
     loss_sum = 0.0
     for batch in micro_batches:
@@ -133,8 +134,8 @@ def train(model: GPT, examples: list[Example], val: list[Example], options: Trai
     optimizer = make_optimizer(model, options.lr, options.weight_decay)
     progress = run.load_last(folder, model, optimizer) if options.resume else run.Progress()
     log = run.MetricsLog(folder, progress.step)
-    terminal = sys.stdout.isatty()
-    bar = tqdm(total=steps, initial=progress.step, desc=mode, file=sys.stdout, disable=not terminal, unit="step")
+    bar = tqdm(total=steps, initial=progress.step, desc=mode, unit="step", file=sys.stdout,
+               disable=not sys.stdout.isatty())
     losses: list[float] = []
     model.train()
     for micro_batches in steps_from(examples, options, progress.step):
@@ -165,27 +166,22 @@ def train(model: GPT, examples: list[Example], val: list[Example], options: Trai
         log.write(step=progress.step, train_loss=progress.train_loss, val_loss=val_loss)
         run.save_last(folder, model, optimizer, progress)
         best = "  best" if progress.stale == 0 else ""
-        bar.write(f"{mode} step {progress.step}/{steps}  train {progress.train_loss:.4f}  val {val_loss:.4f}  "
+        bar.write(f"{mode} step {progress.step}/{steps}  train {progress.train_loss:.4f}  val "
+                  f"{val_loss:.4f}  "
                   f"lr {lr:.1e}  {progress.tokens / progress.seconds:,.0f} tokens/s{best}", file=sys.stdout)
     bar.close()
     log.close()
     if progress.stopped:
         print(f"{mode}: stopped early, {options.patience} validations without a better loss")
-    modes.load_tuned(model, run.read_checked(folder / "tuned.safetensors")[0], str(folder / "tuned.safetensors"))
+    best_file = folder / "tuned.safetensors"
+    modes.load_tuned(model, run.read_checked(best_file)[0], str(best_file))
     return progress
 
 
-def score(model: GPT, test: list[Example], options: TrainOptions) -> dict[str, Any]:
-    """Losses, text scores and completions on the test rows, and the loss on general text where there is one."""
-    losses = metrics.measure_losses(model, test, options.batch)
-    completions = metrics.write_completions(model, test, options.max_new_tokens, batch=64)
-    texts = metrics.score_texts(completions, [e.pair.completion for e in test])
-    general = metrics.general_loss(model, Path(options.general).read_text(encoding="utf-8"), options.batch) if options.general else None
-    return asdict(losses) | asdict(texts) | {"general_loss": general, "completions": completions}
-
-
-def tune(config: run.Config, rows: Rows, before: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One run, from the untouched base to result.json; `before` are the base's scores."""
+def tune(config: run.Config, rows: dict[str, list[Example]], general: str | None, before: dict[str, Any],
+         folder: Path) -> dict[str, Any]:
+    """One run, from the untouched base to result.json; `before` are the base's scores on the same rows and
+    text."""
     mode, options = config.mode, config.train
     began = time.perf_counter()
     device = choose_device(options.device)
@@ -199,23 +195,27 @@ def tune(config: run.Config, rows: Rows, before: dict[str, Any], folder: Path) -
     model.to(device)
     trainable = sum(p.numel() for p in modes.tuned_parameters(model).values())
     print(f"\n{mode}: {trainable:,} parameters train, {trainable / total:.2%} of the base's {total:,}")
-    progress = train(model, rows.train, rows.val, options, folder, mode, config.own)
+    progress = train(model, rows["train"], rows["val"], options, folder, mode, config.own)
     peak = peak_memory(device)
-    after = score(model, rows.test, options)
+    after = metrics.score(model, rows["test"], options.batch, options.max_new_tokens, general)
     result = {
         "mode": mode, "base": options.model, "learning_rate": options.lr, "steps": progress.step,
         "best_step": progress.best_step, "stopped_early": progress.stopped, "trainable_parameters": trainable,
         "total_parameters": total, "trainable_share": trainable / total, "train_loss": progress.train_loss,
-        "best_val_loss": progress.best_val_loss, "test_loss": after["loss"], "test_perplexity": after["perplexity"],
+        "best_val_loss": progress.best_val_loss,
+        "test_loss": after["loss"], "test_perplexity": after["perplexity"],
         **{name: after[name] for name in ("token_accuracy", "exact_match", "rouge1", "rouge2", "rougeL")},
         "base_test_loss": before["loss"], "base_rougeL": before["rougeL"],
-        "forgetting": after["general_loss"] - before["general_loss"] if options.general else None,
+        "forgetting": after["general_loss"] - before["general_loss"] if general else None,
         "tuned_bytes": (folder / "tuned.safetensors").stat().st_size, "peak_memory_bytes": peak,
         "tokens_per_second": progress.tokens / progress.seconds, "seconds": time.perf_counter() - began}
     run.write_json(folder / "result.json", result)
-    for example, old, new in list(zip(rows.test, before["completions"], after["completions"], strict=True))[:3]:
-        print(f"\n  {example.pair.where}   {example.pair.completion.strip()!r}\n  base   {old!r}\n  tuned  {new!r}")
-    print(f"\n{mode}: test loss {before['loss']:.4f} -> {after['loss']:.4f}, ROUGE-L {before['rougeL']:.3f} -> "
+    shown = zip(rows["test"][:3], before["completions"], after["completions"], strict=False)
+    for example, old, new in shown:
+        print(f"\n  {example.pair.where}   {example.pair.completion.strip()!r}\n  base   {old!r}\n  tuned  "
+              f"{new!r}")
+    print(f"\n{mode}: test loss {before['loss']:.4f} -> {after['loss']:.4f}, ROUGE-L {before['rougeL']:.3f} "
+          "-> "
           f"{after['rougeL']:.3f}, {compare.size(result['tuned_bytes'])} in {folder / 'tuned.safetensors'}")
     return result
 
@@ -229,11 +229,14 @@ def parse(arguments: list[str]) -> dict[str, run.Config]:
         add_options(parser, f"mode {name}", module.Options)
     args = parser.parse_args(arguments)
     if args.resume:
-        others = [a for a in arguments if a.startswith("--") and a.split("=")[0] not in ("--resume", "--debug")]
+        given = {name for name, value in vars(args).items() if value is not None and value is not False}
+        others = sorted(given - {"resume", "debug"})
         if others:
-            raise UserError(f"--resume goes on with the options that the run was started with: leave out {others[0]}")
+            raise UserError(f"--resume goes on with the options that the run was started with: leave out "
+                            f"{flag(others[0])}")
         config = run.load_config(Path(args.resume), TrainOptions)
-        return {config.mode: replace(config, train=replace(config.train, resume=args.resume, out=args.resume))}
+        resumed = replace(config.train, resume=args.resume, out=args.resume)
+        return {config.mode: replace(config, train=resumed)}
 
     chosen = list(modes.MODES) if args.mode == "all" else (args.mode or TrainOptions.mode).split(",")
     for mode in chosen:
@@ -243,7 +246,8 @@ def parse(arguments: list[str]) -> dict[str, run.Config]:
     for mode in modes.MODES.keys() - chosen:
         for field in fields(modes.MODES[mode].Options):
             if getattr(args, field.name) is not None:
-                raise UserError(f"{flag(field.name)} belongs to mode {mode}, and this run is {', '.join(chosen)}: "
+                raise UserError(f"{flag(field.name)} belongs to mode {mode}, and this run is "
+                                f"{', '.join(chosen)}: "
                                 "leave it out or change --mode")
     if args.model and not args.data:
         raise UserError("--model needs --data FILE_OR_FOLDER: the embedded pairs belong to the embedded base")
@@ -271,26 +275,9 @@ def check(options: TrainOptions) -> None:
     if options.lr <= 0 or options.epochs <= 0:
         raise UserError(f"--lr {options.lr} --epochs {options.epochs}: both must be above 0")
     if not 0 <= options.warmup_ratio <= 1 or not 0 <= options.model_dropout < 1:
-        raise UserError(f"--warmup-ratio {options.warmup_ratio} --model-dropout {options.model_dropout}: the first lies "
+        raise UserError(f"--warmup-ratio {options.warmup_ratio} --model-dropout {options.model_dropout}: "
+                        "the first lies "
                         "in 0..1, the second is at least 0 and below 1")
-
-
-def prepare(model: GPT, config: run.Config, reserved: int) -> Rows:
-    """Read, split, report and tokenize the pairs. `reserved` positions are kept free for a soft prompt."""
-    pairs = data.read_pairs(config.data, config.train.seed)
-    for note in pairs.notes:
-        print(f"  {note}")
-    if not pairs.val or not pairs.test:
-        raise UserError(f"{config.data.data}: there are no validation or no test rows: give both a share in --split")
-    room = model.config.n_positions - reserved
-    length = min(config.data.max_length or room, room)
-    limits = {"train": None, "val": config.train.val_rows, "test": config.train.test_rows}
-    rows = {}
-    for name, limit in limits.items():
-        some = getattr(pairs, name)[:limit]
-        rows[name], cut = data.encode(some, model.tokenizer, model.config.eos_token_id, length)
-        print(f"  {data.length_report(name, some, rows[name], cut, model.config.eos_token_id)}")
-    return Rows(**rows)
 
 
 def main(arguments: list[str]) -> None:
@@ -301,13 +288,19 @@ def main(arguments: list[str]) -> None:
     several = len(configs) > 1
     out = Path(options.out) if options.out else run.next_free(Path("runs") / (options.mode.replace(",", "-")))
     base = weights.load(options.model)
-    if base.tokenizer is None:
-        raise UserError(f"{options.model} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, there")
     base.set_compute_dtype(choose_dtype(options.dtype, device))
     base.to(device)
     print(f"base {base.folder}: {sum(p.numel() for p in base.parameters()):,} parameters, on {device} in "
           f"{str(base.compute_dtype).removeprefix('torch.')}")
-    rows = prepare(base, first, max(getattr(c.own, "prompt_tokens", 0) for c in configs.values()))
+    room = base.config.n_positions - max(config.prompt_tokens for config in configs.values())
+    limits = {"train": None, "val": options.val_rows, "test": options.test_rows}
+    rows, lines = data.load_examples(first.data, options.seed, base, room, limits)
+    print("\n".join(f"  {line}" for line in lines))
+    for name in limits:
+        if not rows[name]:
+            raise UserError(f"{first.data.data}: there are no {name} rows: give every split a share in "
+                            "--split")
+    general = data.read_text(options.general) if options.general else None
     folders = {mode: out / mode if several else out for mode in configs}
     if not options.resume:
         run.create(out, options.overwrite)
@@ -315,9 +308,9 @@ def main(arguments: list[str]) -> None:
             folders[mode].mkdir(exist_ok=True)
             run.save_config(folders[mode], config)
             print(run.describe(config))
-    before = score(base, rows.test, options)
+    before = metrics.score(base, rows["test"], options.batch, options.max_new_tokens, general)
     del base
-    results = [tune(config, rows, before, folders[mode]) for mode, config in configs.items()]
+    results = [tune(config, rows, general, before, folders[mode]) for mode, config in configs.items()]
     if several:
         run.write_json(out / "compare.json", results)
         print("\n" + compare.table(results))

@@ -48,7 +48,9 @@ def table(results: Iterable[dict[str, Any]]) -> str:
     """A Markdown table, aligned to be read as plain text too."""
     rows = [list(COLUMNS.values()), *([cell(c, result.get(c)) for c in COLUMNS] for result in results)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(text.ljust(w) if i == 0 else text.rjust(w)
-                               for i, (text, w) in enumerate(zip(row, widths, strict=True))) + " |" for row in rows]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        lines.append("| " + " | ".join(cells) + " |")
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])

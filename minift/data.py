@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .errors import UserError
-from .model import IGNORE
+from .model import GPT, IGNORE
 from .options import option
 from .pairs import READERS, Pair, read_file
 
@@ -62,9 +62,9 @@ class Example:
 def read_pairs(options: DataOptions, seed: int) -> Pairs:
     """The pairs of a file or folder in three splits; a split whose share is 0 is empty.
 
-    What no file gives is cut out of the training file by a hash of `seed` and prompt: a prompt never stands on two
-    sides, and keeps its side when other rows come or go. Raises UserError for all that is wrong with options or
-    files.
+    What no file gives is cut out of the training file by a hash of `seed` and prompt: a prompt never stands
+    on two sides, and keeps its side when other rows come or go. Raises UserError for all that is wrong with
+    options or files.
     """
     if not options.data:
         raise UserError("no data: give --data a file of pairs, or a folder with train, val and test")
@@ -128,8 +128,9 @@ def _cut_out(path: Path, pairs: list[Pair], missing: dict[str, float], seed: int
     leave empty takes the nearest prompt, so that a handful of rows is enough."""
     prompts = {pair.prompt for pair in pairs}
     if len(prompts) <= len(missing):
-        raise UserError(f"{path}: {len(prompts)} different prompts are too few for train, {', '.join(missing)}: "
-                        "add rows, or change --split")
+        wanted = " + ".join(["train", *missing])
+        raise UserError(f"{path}: too few different prompts ({len(prompts)}) for {wanted}: "
+                        "add rows or change --split")
     digests = {prompt: hashlib.sha256(f"{seed}\n{prompt}".encode()).digest() for prompt in prompts}
     ordered = sorted(prompts, key=digests.__getitem__)
     points = np.sort([int.from_bytes(digest[:6], "big") / 256**6 for digest in digests.values()])  # in [0, 1)
@@ -165,12 +166,12 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 def encode(pairs: list[Pair], tokenizer: Tokenizer, eos_id: int,
            max_length: int) -> tuple[list[Example], int]:
-    """The pairs as tokens, and how many prompts lost their beginning to keep within `max_length` tokens a row.
+    """The pairs as tokens, and how many prompts lost their beginning to keep rows within `max_length`.
 
     Between prompt and completion stands one space, unless the prompt ends in white space; it belongs to the
-    completion, since GPT-2's tokens carry their space. A pair is left out if its completion and end-of-text leave
-    no room for one token of the prompt, or if either text has no tokens; length_report counts them. Raises
-    UserError if no pair is left.
+    completion, since GPT-2's tokens carry their space. A pair is left out if its completion and end-of-text
+    leave no room for one token of the prompt, or if either text has no tokens; length_report counts them.
+    Raises UserError if no pair is left.
     """
     if max_length < 3:
         raise UserError(f"--max-length {max_length}: must be 3 or more: prompt, completion and end-of-text")
@@ -186,13 +187,13 @@ def encode(pairs: list[Pair], tokenizer: Tokenizer, eos_id: int,
         prompt = prompt[-room:]
         examples.append(Example(prompt + completion + [eos_id], len(prompt), pair))
     if pairs and not examples:
-        raise UserError(f"{pairs[0].where} and all other rows: {max_length} tokens have no room for the completion "
-                        "and a token of the prompt, raise --max-length")
+        raise UserError(f"{pairs[0].where} and every other row: no room in {max_length} tokens for completion"
+                        " and a token of the prompt, raise --max-length")
     return examples, cut
 
 
 def length_report(name: str, pairs: list[Pair], examples: list[Example], cut: int, eos_id: int) -> str:
-    """One line on a split: rows, tokens a row, the share that ends in end-of-text, what `encode` cut and dropped."""
+    """One line on a split: rows, their lengths, how many end in end-of-text, and what `encode` left out."""
     if not examples:
         return f"{name}: no rows"
     lengths = [len(example.ids) for example in examples]
@@ -210,8 +211,8 @@ def length_report(name: str, pairs: list[Pair], examples: list[Example], cut: in
 def batches(examples: list[Example], batch_size: int, seed: int, epoch: int) -> list[list[Example]]:
     """One epoch: every example once, in random batches of like length, the same for the same seed and epoch.
 
-    Random pools of POOL_BATCHES batches (fewer if that makes fewer than four pools, so that rows meet others every
-    epoch) are sorted by length and cut; then the batches are shuffled. One batch may be smaller.
+    Random pools of POOL_BATCHES batches (fewer if that makes fewer than four pools, so that a row's company
+    changes) are sorted by length and cut; then the batches are shuffled. One batch may be smaller.
     """
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be 1 or more")
@@ -227,8 +228,8 @@ def batches(examples: list[Example], batch_size: int, seed: int, epoch: int) -> 
 
 
 def collate(batch: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """ids (B, T), padded on the right with `pad_id`, and targets (B, T): the token after each position, or IGNORE
-    where that is the prompt's or padding. T is the longest row less one: nothing follows its last token."""
+    """ids (B, T), padded on the right with `pad_id`, and targets (B, T): the token after each position, or
+    IGNORE where that is the prompt's or padding. T is the longest row less one: nothing follows its end."""
     T = max(len(example.ids) for example in batch) - 1
     ids = torch.full((len(batch), T), pad_id)
     targets = torch.full((len(batch), T), IGNORE)
@@ -237,3 +238,29 @@ def collate(batch: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
         ids[row, : len(tokens) - 1] = tokens[:-1]
         targets[row, example.n_prompt - 1 : len(tokens) - 1] = tokens[example.n_prompt :]
     return ids, targets
+
+
+def load_examples(options: DataOptions, seed: int, model: GPT, room: int,
+                  limits: dict[str, int | None]) -> tuple[dict[str, list[Example]], list[str]]:
+    """The splits named in `limits` as tokens, at most so many rows of each, and the report to print.
+
+    A row takes at most `room` of the model's positions, or --max-length if that is less. Raises UserError.
+    """
+    if model.tokenizer is None:
+        raise UserError(f"{model.folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, "
+                        "there")
+    pairs, eos_id = read_pairs(options, seed), model.config.eos_token_id
+    examples, lines = {}, list(pairs.notes)
+    for name, limit in limits.items():
+        some = getattr(pairs, name)[:limit]
+        examples[name], cut = encode(some, model.tokenizer, eos_id, min(options.max_length or room, room))
+        lines.append(length_report(name, some, examples[name], cut, eos_id))
+    return examples, lines
+
+
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8. Raises UserError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None

@@ -9,7 +9,8 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run `main(arguments)`; a UserError becomes one line on stderr and exit code 2 (`--debug` shows the traceback)."""
+    """Run `main(arguments)`; a UserError becomes one line on stderr and exit code 2 (`--debug` shows the
+    traceback)."""
     arguments = sys.argv[1:]
     try:
         main(arguments)

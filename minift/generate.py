@@ -1,4 +1,5 @@
-"""Text out of a model: greedy or sampled, with a key-value cache, for prompts of different lengths at once."""
+"""Text out of a model: greedy or sampled, with a key-value cache, for prompts of different lengths at
+once."""
 
 import torch
 from torch import Tensor
@@ -9,8 +10,8 @@ from .model import GPT, KVCache
 
 def next_tokens(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
                 generator: torch.Generator) -> Tensor:
-    """(B, V) logits -> (B,) tokens. Temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p the fewest
-    likeliest that together hold at least that probability (Holtzman et al. 2020)."""
+    """(B, V) logits -> (B,) tokens. Temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p the
+    fewest likeliest that together hold at least that probability (Holtzman et al. 2020)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -29,17 +30,20 @@ def next_tokens(logits: Tensor, temperature: float, top_k: int | None, top_p: fl
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0,
              stop: int | None = None) -> list[list[int]]:
-    """Continue each prompt (token ids) by at most `max_new_tokens` tokens; gives the new ids alone, `stop` left out.
+    """Continue each prompt (token ids) by at most `max_new_tokens` tokens; gives the new ids alone, `stop`
+    left out.
 
-    Prompts may differ in length. `stop` is the token that ends a row (GPT-2: config.eos_token_id); None never stops.
-    Raises UserError for an empty prompt, sampling settings out of range, or a row beyond the model's positions.
+    Prompts may differ in length. `stop` is the token that ends a row (GPT-2: config.eos_token_id); None never
+    stops. Raises UserError for an empty prompt, sampling settings out of range, or a row beyond the model's
+    positions.
     """
     if not prompts:
         return []
     if not all(prompts):
         raise UserError("an empty prompt: generation needs at least one token to start from")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise UserError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: temperature must be 0 or more, "
+        raise UserError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: temperature must be 0 or "
+                        "more, "
                         "top_k 1 or more, top_p above 0 and at most 1")
     P, longest = model.prompt_tokens, max(map(len, prompts))
     if P + longest + max_new_tokens > model.config.n_positions:
@@ -54,7 +58,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     cache = KVCache(model.config, len(prompts), P + longest + max_new_tokens, model.compute_dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
-    last = model.hidden(ids.to(device), cache)[torch.arange(len(prompts), device=device), lengths - 1]  # (B, C)
+    last = model.hidden(ids.to(device), cache)  # (B, longest, C)
+    last = last[torch.arange(len(prompts), device=device), lengths - 1]  # (B, C)
     new, running = [[] for _ in prompts], [True] * len(prompts)
     for step in range(max_new_tokens):
         tokens = next_tokens(model.logits(last), temperature, top_k, top_p, generator)

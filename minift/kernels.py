@@ -1,9 +1,9 @@
 """The low-rank update: y = x W^T + b + s (drop(x) A^T) B^T, forward and backward.
 
-Every LoRA layer calls `lora_linear`. A layer may adapt parts of a fused matrix (query and value of GPT-2's c_attn):
-the parts' A matrices are stacked, (parts * r, K), as are their B matrices, (parts * n, r), and `offsets` says at which
-output each part's n columns begin. The other columns are never touched, and no dense update is ever built.
-Letters: M tokens, K inputs, N outputs, r rank, n outputs of one part, s the scale.
+Every LoRA layer calls `lora_linear`. A layer may adapt parts of a fused matrix (query and value of GPT-2's
+c_attn): the parts' A matrices are stacked, (parts * r, K), as are their B matrices, (parts * n, r), and
+`offsets` says at which output each part's n columns begin. The other columns are never touched, and no dense
+update is ever built. Letters: M tokens, K inputs, N outputs, r rank, n outputs of one part, s the scale.
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, A: Ten
 def keep_mask(x: Tensor, dropout: float, seed: int) -> Tensor:
     """Which elements of x dropout keeps, as bools; the same for the same seed, so that it need not be stored.
 
-    One 64-bit draw serves four elements, compared in 16 bits each: `dropout` is honoured to 1/65,536. On a CPU
-    drawing is what dropout costs, and this takes a fifth of F.dropout's time.
+    One 64-bit draw serves four elements, compared in 16 bits each: `dropout` is honoured to 1/65,536. On a
+    CPU drawing is what dropout costs, and this takes a fifth of F.dropout's time.
     """
     generator = torch.Generator(x.device).manual_seed(seed)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
@@ -36,7 +36,8 @@ def keep_mask(x: Tensor, dropout: float, seed: int) -> Tensor:
 
 
 class LowRankLinear(torch.autograd.Function):
-    """The update added in place onto the frozen product, by addmm. Saves x and h = drop(x) A^T, nothing else."""
+    """The update added in place onto the frozen product, by addmm. Saves x and h = drop(x) A^T, nothing
+    else."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float,
@@ -82,9 +83,10 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
                 offsets: tuple[int, ...] = (0,), dropout: float = 0.0) -> Tensor:
     """x (..., K), weight (N, K), bias (N) or None, A (parts * r, K), B (parts * n, r) -> (..., N).
 
-    x, weight and bias share the compute dtype; A and B may be kept in fp32 and get their gradients there. `dropout`
-    acts on x in the low-rank branch alone (Hu et al. 2021, section 4.1 with loralib's input dropout); its seed comes
-    from torch's default CPU generator, so that it follows `torch.manual_seed` and a restored random state.
+    x, weight and bias share the compute dtype; A and B may be kept in fp32 and get their gradients there.
+    `dropout` acts on x in the low-rank branch alone (Hu et al. 2021, section 4.1 with loralib's input
+    dropout); its seed comes from torch's default CPU generator, so that it follows `torch.manual_seed` and a
+    restored random state.
     """
     seed = int(torch.randint(2**62, ())) if dropout else 0
     flat = x.reshape(-1, x.shape[-1])  # (..., K) -> (M, K)

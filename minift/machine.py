@@ -1,4 +1,5 @@
-"""What this machine can do: its devices, the dtype it computes fast in, and the memory that a run has used."""
+"""What this machine can do: its devices, the dtype it computes fast in, and the memory that a run has
+used."""
 
 import ctypes
 import os
@@ -7,6 +8,9 @@ import sys
 import torch
 
 from .errors import UserError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "fp32", "bf16")
 
 
 def choose_device(name: str) -> torch.device:
@@ -31,15 +35,16 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 where the hardware has it, else fp32. bf16 by name is honoured wherever torch can do it."""
+    """`auto`: bf16 where the hardware has it, else fp32. bf16 by name is honoured wherever torch can do
+    it."""
     if name == "auto":
         name = "bf16" if fast_bf16(device) else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new measurement. On Linux the freed heap goes back to the system first, so that one run's peak does not
-    hide the next one's; other systems cannot reset a process's peak."""
+    """Begin a new measurement. On Linux the freed heap goes back to the system first, so that one run's peak
+    does not hide the next one's; other systems cannot reset a process's peak."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -47,13 +52,13 @@ def reset_peak_memory(device: torch.device) -> None:
             ctypes.CDLL(None).malloc_trim(0)
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")
-        except (OSError, AttributeError):  # no glibc, or /proc is closed: the peak is then the whole process's
+        except (OSError, AttributeError):  # no glibc, or /proc is closed: the peak is the whole process's
             pass
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the highest point since the reset: allocated on a GPU, resident in the process on a CPU. None on
-    Windows, where Python's standard library does not tell."""
+    """Bytes at the highest point since the reset: allocated on a GPU, resident in the process on a CPU. None
+    on Windows, where Python's standard library does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if os.path.exists("/proc/self/status"):

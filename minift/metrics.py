@@ -1,10 +1,12 @@
-"""How good a model is: loss on target tokens, ROUGE and exact match of what it generates, and what it forgot."""
+"""How good a model is: loss on target tokens, ROUGE and exact match of what it generates, and what it
+forgot."""
 
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,8 @@ from .model import GPT, IGNORE
 
 @dataclass(frozen=True)
 class Losses:
-    """Over all target tokens of a set of rows: nats a token, its exponential, and the share predicted right."""
+    """Over all target tokens of a set of rows: nats a token, its exponential, and the share predicted
+    right."""
 
     loss: float
     perplexity: float
@@ -26,7 +29,8 @@ class Losses:
 
 @dataclass(frozen=True)
 class Texts:
-    """What a model wrote for a set of rows: shares of exact matches, and mean ROUGE F-measures, all in 0..1."""
+    """What a model wrote for a set of rows: shares of exact matches, and mean ROUGE F-measures, all in
+    0..1."""
 
     exact_match: float
     rouge1: float
@@ -90,7 +94,8 @@ def safe_exp(x: float) -> float:
 
 
 def write_completions(model: GPT, examples: list[Example], max_new_tokens: int, batch: int) -> list[str]:
-    """Greedy completions of the rows' prompts, in their order; a prompt that leaves no room loses its beginning."""
+    """Greedy completions of the rows' prompts, in their order; a prompt that leaves no room loses its
+    beginning."""
     room = model.config.n_positions - model.prompt_tokens - max_new_tokens
     if room < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's "
@@ -100,7 +105,8 @@ def write_completions(model: GPT, examples: list[Example], max_new_tokens: int, 
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
         prompts = [examples[i].ids[: examples[i].n_prompt][-room:] for i in rows]
-        for i, new in zip(rows, generate(model, prompts, max_new_tokens, stop=model.config.eos_token_id), strict=True):
+        written = generate(model, prompts, max_new_tokens, stop=model.config.eos_token_id)
+        for i, new in zip(rows, written, strict=True):
             texts[i] = model.tokenizer.decode(new).strip()
     return texts
 
@@ -114,8 +120,8 @@ def score_texts(predictions: list[str], references: list[str]) -> Texts:
 
 @torch.no_grad()
 def general_loss(model: GPT, text: str, batch: int) -> float:
-    """Nats a token on text outside the task, in windows of half the model's positions (512 at most), so that base and
-    tuned model read the same windows even behind a soft prompt, which stays attached."""
+    """Nats a token on text outside the task, in windows of half the model's positions (512 at most), so that
+    base and tuned model read the same windows even behind a soft prompt, which stays attached."""
     ids = model.tokenizer.encode(text, add_special_tokens=False).ids
     window = min(512, model.config.n_positions // 2)
     rows = [ids[i : i + window + 1] for i in range(0, len(ids) - 1, window)]
@@ -135,6 +141,12 @@ def general_loss(model: GPT, text: str, batch: int) -> float:
     return loss / (len(ids) - 1)
 
 
-def as_dict(losses: Losses, texts: Texts) -> dict[str, float]:
-    """The seven scores of a model under the names that result.json and eval.py use."""
-    return asdict(losses) | asdict(texts)
+def score(model: GPT, examples: list[Example], batch: int, max_new_tokens: int,
+          general: str | None) -> dict[str, Any]:
+    """Every score of a model on some rows under the names of result.json, the completions it wrote, and its
+    loss on general text where there is one."""
+    losses = measure_losses(model, examples, batch)
+    completions = write_completions(model, examples, max_new_tokens, batch=64)
+    texts = score_texts(completions, [example.pair.completion for example in examples])
+    forgotten = None if general is None else general_loss(model, general, batch)
+    return {**asdict(losses), **asdict(texts), "general_loss": forgotten, "completions": completions}

@@ -1,8 +1,10 @@
-"""GPT-2 by hand: a decoder-only Transformer with pre-norm blocks, fused qkv, learned positions and a tied head.
+"""GPT-2 by hand: a decoder-only Transformer with pre-norm blocks, fused qkv, learned positions and a tied
+head.
 
-Module names are those of Hugging Face's GPT-2 (wte, wpe, h.0.attn.c_attn, ...), so that a parameter has one name
-everywhere. Every weight is stored as (out, in), like torch's Linear; minift/weights.py turns GPT-2's files round.
-Letters in shape comments: B rows, T tokens, C = n_embd, nh heads, hs = C / nh, V vocabulary, P soft-prompt tokens.
+Module names are those of Hugging Face's GPT-2 (wte, wpe, h.0.attn.c_attn, ...), so that a parameter has one
+name everywhere. Every weight is stored as (out, in), like torch's Linear; minift/weights.py turns GPT-2's
+files round. Letters in shape comments: B rows, T tokens, C = n_embd, nh heads, hs = C / nh, V vocabulary, P
+soft-prompt tokens.
 """
 
 import math
@@ -30,7 +32,8 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The fields of GPT-2's config.json that change the computation, under the same names; GPT-2 small by default."""
+    """The fields of GPT-2's config.json that change the computation, under the same names; GPT-2 small by
+    default."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -46,9 +49,11 @@ class GPTConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> "GPTConfig":
-        """From a parsed config.json; `where` names the file in errors. Raises UserError for what is not GPT-2."""
+        """From a parsed config.json; `where` names the file in errors. Raises UserError for what is not
+        GPT-2."""
         if raw.get("model_type") != "gpt2":
-            raise UserError(f"{where}: model_type is {raw.get('model_type')!r}, and only 'gpt2' can be loaded")
+            raise UserError(f"{where}: model_type is {raw.get('model_type')!r}, and only 'gpt2' can be "
+                            "loaded")
         kinds = {int: "a positive whole number", float: "a number", bool: "true or false", str: "a text"}
         values = {}
         for name, kind in cls.__annotations__.items():
@@ -80,7 +85,8 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype: frozen weights already have it, tuned ones stay in fp32."""
+    """A linear layer that computes in its input's dtype: frozen weights already have it, tuned ones stay in
+    fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -90,12 +96,14 @@ class LayerNorm(nn.LayerNorm):
     """Layer normalisation in its input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class KVCache:
-    """Keys and values of all blocks. A token at position p of a row sits in slot p, so rows of different lengths
-    need no left padding: what lies beyond a row's own position is masked, and overwritten as the row grows."""
+    """Keys and values of all blocks. A token at position p of a row sits in slot p, so rows of different
+    lengths need no left padding: what lies beyond a row's own position is masked, and overwritten as the row
+    grows."""
 
     def __init__(self, config: GPTConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
         shape = (config.n_layer, rows, config.n_head, slots, config.n_embd // config.n_head)
@@ -107,7 +115,8 @@ class KVCache:
         self.v[layer, :, :, : v.shape[2]] = v
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """One token a row, (B, nh, 1, hs), at its row's position; gives the slots in use, (B, nh, longest, hs)."""
+        """One token a row, (B, nh, 1, hs), at its row's position; gives the slots in use, (B, nh, longest,
+        hs)."""
         rows = torch.arange(len(positions), device=positions.device)
         self.k[layer][rows, :, positions] = k[:, :, 0]
         self.v[layer][rows, :, positions] = v[:, :, 0]
@@ -158,8 +167,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each on a normalised input and added to the residual stream.
 
-    `attn_adapter` and `mlp_adapter` are the places where bottleneck adapters go (Houlsby et al. 2019, figure 2):
-    on a sublayer's output, before it is added. Empty, they are the identity.
+    `attn_adapter` and `mlp_adapter` are the places where bottleneck adapters go (Houlsby et al. 2019, figure
+    2): on a sublayer's output, before it is added. Empty, they are the identity.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -178,12 +187,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. `hidden` gives the states, `loss` what training minimises, `generate` (minift/generate.py) text.
+    """The model. `hidden` gives the states, `loss` what training minimises, `generate` (minift/generate.py)
+    text.
 
     `prompt` is the place where a soft prompt goes: a module whose `weight` is (P, C), put before every row.
     `dropout` is GPT-2's embedding, attention and residual dropout while training; 0 until somebody sets it.
-    `compute_dtype` is what activations are made in; see `set_compute_dtype`. `tokenizer`, `folder` and `fingerprint`
-    say where the weights came from; weights.load sets them.
+    `compute_dtype` is what activations are made in; see `set_compute_dtype`. `tokenizer`, `folder` and
+    `fingerprint` say where the weights came from; weights.load sets them.
     """
 
     def __init__(self, config: GPTConfig):
@@ -201,7 +211,8 @@ class GPT(nn.Module):
         self.fingerprint: str | None = None
 
     def init_weights(self, seed: int) -> None:
-        """GPT-2's start: normal(0, 0.02), residual projections divided by sqrt(2 n_layer), biases 0, norms 1."""
+        """GPT-2's start: normal(0, 0.02), residual projections divided by sqrt(2 n_layer), biases 0, norms
+        1."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
@@ -211,8 +222,8 @@ class GPT(nn.Module):
                 parameter.data.normal_(0.0, std, generator=generator)
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Compute in `dtype`. Frozen floating-point weights are converted once and for all; tuned ones stay fp32 and
-        are cast where they are used, so that the optimizer's small steps are not rounded away."""
+        """Compute in `dtype`. Frozen floating-point weights are converted once and for all; tuned ones stay
+        fp32 and are cast where they are used, so that the optimizer's small steps are not rounded away."""
         self.compute_dtype = dtype
         for parameter in self.parameters():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
@@ -227,17 +238,20 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
-        """Final hidden states, (B, T) token ids -> (B, T, C), after the last norm and without the soft prompt's.
+        """Final hidden states, (B, T) token ids -> (B, T, C), after the last norm and without the soft
+        prompt's.
 
-        Rows may be padded on the right: attention is causal, so padding changes no real token. With a `cache` and no
-        `positions` the rows are stored from position 0 on; with `positions` (B,), ids is (B, 1) and each row goes on
-        at its own position. Raises UserError when a row does not fit into the model's positions.
+        Rows may be padded on the right: attention is causal, so padding changes no real token. With a `cache`
+        and no `positions` the rows are stored from position 0 on; with `positions` (B,), ids is (B, 1) and
+        each row goes on at its own position. Raises UserError when a row does not fit into the model's
+        positions.
         """
         P, T = self.prompt_tokens, ids.shape[1]
         if positions is None:
             if P + T > self.config.n_positions:
                 soft = f" and {P} of the soft prompt" if P else ""
-                raise UserError(f"{T} tokens{soft} do not fit into the model's {self.config.n_positions} positions: "
+                raise UserError(f"{T} tokens{soft} do not fit into the model's {self.config.n_positions} "
+                                "positions: "
                                 "shorten the text, or lower --max-length or --max-new-tokens")
             x = self.wte(ids)
             if self.prompt is not None:
@@ -258,7 +272,8 @@ class GPT(nn.Module):
         return F.linear(hidden, self.wte.weight.to(hidden.dtype)).float()
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """The sum of -log p over the target tokens, in nats. ids, targets: (B, T); targets[b, t] is the token after
-        ids[b, t], or IGNORE. Only target positions meet the vocabulary: the prompt's logits are never made."""
+        """The sum of -log p over the target tokens, in nats. ids, targets: (B, T); targets[b, t] is the token
+        after ids[b, t], or IGNORE. Only target positions meet the vocabulary: the prompt's logits are never
+        made."""
         learned = targets != IGNORE
         return F.cross_entropy(self.logits(self.hidden(ids)[learned]), targets[learned], reduction="sum")

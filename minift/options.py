@@ -1,6 +1,7 @@
 """Options are frozen dataclasses: each field carries its help, and the command line is made from them.
 
-Every flag starts as None, so that a value's origin is known: the command line, the mode's own default, or the default.
+Every flag starts as None, so that a value's origin is known: the command line, the mode's own default, or the
+default.
 """
 
 import argparse
@@ -50,21 +51,22 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: type) -> N
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):  # `int | None`: the flag takes an int
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        text = field.metadata["help"].replace("%", "%%")
+        text, choices = field.metadata["help"].replace("%", "%%"), field.metadata["choices"]
         if field.default is not None and kind is not bool:
             text += f" (default {field.default})"
         if kind is bool:
-            group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=None, help=text)
+            group.add_argument(flag(field.name), default=None, help=text,
+                               action=argparse.BooleanOptionalAction)
         else:
-            convert = finite if kind is float else kind
-            group.add_argument(flag(field.name), type=convert, default=None, choices=field.metadata["choices"],
-                               metavar=None if field.metadata["choices"] else kind.__name__.upper(), help=text)
+            group.add_argument(flag(field.name), default=None, help=text, choices=choices,
+                               type=finite if kind is float else kind,
+                               metavar=None if choices else kind.__name__.upper())
 
 
 def resolve(options: type[T], args: argparse.Namespace,
             overrides: dict[str, tuple[Any, str]]) -> tuple[T, dict[str, tuple[Any, str]]]:
-    """The dataclass filled from the command line, else from `overrides`, else by default; and where each value came
-    from. Overrides and origins are {field: (value, origin)}."""
+    """The dataclass filled from the command line, else from `overrides`, else by default; and where each
+    value came from. Overrides and origins are {field: (value, origin)}."""
     origins = {}
     for field in dataclasses.fields(options):
         given = getattr(args, field.name)

@@ -1,7 +1,7 @@
 """Files of prompt-completion pairs: their formats, their known fields, and templates.
 
-Files are taken for hostile: the limits below bound the memory they cost, a template is a list of texts and field
-names and nothing more, and whatever is wrong is said with file and line.
+Files are taken for hostile: the limits below bound the memory they cost, a template is a list of texts and
+field names and nothing more, and whatever is wrong is said with file and line.
 """
 
 import csv
@@ -23,8 +23,8 @@ FOREIGN_MARKS = {
     b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
 }  # fmt: skip
 KINDS = {
-    type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list",
-    dict: "an object",
+    type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text",
+    list: "a list", dict: "an object",
 }  # fmt: skip
 
 
@@ -44,8 +44,8 @@ class _Row(NamedTuple):
 
 
 def _lines(path: Path, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[int, str, str]]:
-    """Number from 1, text with its line end, and what is wrong with the line (its text is empty then). Only a line
-    feed ends a line: U+2028, or a carriage return inside a JSON string, does not."""
+    """Number from 1, text with its line end, and what is wrong with the line (its text is empty then). Only a
+    line feed ends a line: U+2028, or a carriage return inside a JSON string, does not."""
     with open(path, "rb") as file:
         number = 0
         while raw := file.readline(limit + 1):
@@ -55,7 +55,7 @@ def _lines(path: Path, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[int, str, 
                 while raw and not raw.endswith(b"\n"):
                     raw = file.readline(limit)
             elif b"\0" in raw:
-                yield number, "", f"byte {raw.index(0) + 1} is NUL: UTF-16 or binary data, and must be UTF-8 text"
+                yield number, "", f"byte {raw.index(0) + 1} is NUL: binary or UTF-16, and must be UTF-8 text"
             else:
                 try:
                     yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8"), ""
@@ -107,7 +107,7 @@ def _object_row(where: str, value: Any) -> _Row:
 
 def _read_json(path: Path) -> Iterator[_Row]:
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"{path}: more than {MAX_JSON_BYTES // 2**20} MiB of JSON, turn it into .jsonl, an object a line")
+        raise UserError(f"{path}: more than {MAX_JSON_BYTES // 2**20} MiB, make it .jsonl, an object a line")
     texts = []
     for number, text, problem in _lines(path, MAX_JSON_BYTES):
         if problem:
@@ -144,8 +144,8 @@ def _read_csv(path: Path) -> Iterator[_Row]:
         try:
             values = next(reader, None)
         except csv.Error as error:
-            if header is None or reader.line_num > first:  # an open quote took in lines: where do rows begin now?
-                raise UserError(f"{path}:{first}: the row that begins here is not valid CSV: {error}, at line "
+            if header is None or reader.line_num > first:  # where the next row begins is unknown
+                raise UserError(f"{path}:{first}: the row that begins here is not valid CSV: {error}, line "
                                 f"{reader.line_num}; look for an unclosed quote") from None
             yield _Row(where, {}, f"not valid CSV: {error}")
             continue
@@ -180,15 +180,17 @@ READERS: dict[str, Callable[[Path], Iterator[_Row]]] = {
 def parse_template(template: str) -> tuple[tuple[str, bool], ...]:
     """The parts of a template, each with whether it is a field's name (True) or text (False).
 
-    `{name}` is a field, `{{` and `}}` are braces, a typed `\\n` is a line end. All else in braces (attributes,
-    indices, conversions, formats, numbers) raises UserError.
+    `{name}` is a field, `{{` and `}}` are braces, a typed `\\n` is a line end. All else in braces
+    (attributes, indices, conversions, formats, numbers) raises UserError.
     """
+    if re.search("[\ud800-\udfff]", template):
+        raise UserError(f"--template {template!a:.80}: not valid text, give it in UTF-8")
     parts = []
     for match in re.finditer(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+", template):
         token, name = match[0], match[1]
         if token in ("{", "}"):
-            raise UserError(f"--template {template!r:.80}: unpaired {token} at character {match.start() + 1}, "
-                            "double it for a brace that is text")
+            raise UserError(f"--template {template!r:.80}: lone {token} at character {match.start() + 1}, "
+                            "double a brace that is text")
         if name is None:
             parts.append(({"{{": "{", "}}": "}"}.get(token, token).replace("\\n", "\n"), False))
         elif re.fullmatch(r"[^\W\d][\w -]*", name):
@@ -208,7 +210,7 @@ def _text(fields: dict[str, Any], name: str) -> str:
     value = fields[name]
     if not isinstance(value, str):
         raise ValueError(f"field {name!r:.40} is {KINDS[type(value)]}, and must be text")
-    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+    if re.search("[\ud800-\udfff]", value):
         raise ValueError(f"field {name!r:.40} holds half of a surrogate pair, which is no character")
     return value
 
@@ -223,7 +225,7 @@ def _from_messages(fields: dict[str, Any]) -> dict[str, Any]:
     turns = fields.get("messages")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("field 'messages' must be a list of objects with role and content")
-    roles = [turn.get("role") for turn in turns]
+    roles = [_text(turn, "role") for turn in turns]
     for role in roles:
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"role {role!r:.40} in 'messages' must be system, user or assistant")
@@ -254,8 +256,10 @@ class Layout:
         """Prompt and completion; the prompt is "" if all its fields are blank. ValueError: a bad row."""
         if self.messages:
             fields = _from_messages(fields)
-        blank = fields.get(self.optional) is None or not _text(fields, self.optional).strip()
-        parts = parse_template(self.bare if self.optional and blank else self.template)
+        template = self.template
+        if self.optional and (fields.get(self.optional) is None or not _text(fields, self.optional).strip()):
+            template = self.bare
+        parts = parse_template(template)
         texts = [(_text(fields, part), True) if is_field else (part, False) for part, is_field in parts]
         completion = _text(fields, self.completion).strip()
         if not any(text.strip() for text, is_field in texts if is_field):
@@ -291,17 +295,17 @@ def _choose_layout(path: Path, fields: dict[str, Any], prompt_field: str | None,
     if template is None and prompt_field is not None:
         template = "{" + prompt_field + "}"
     elif prompt_field is not None and prompt_field not in _template_fields(template):
-        raise UserError(f"--template {template!r:.80} does not use --prompt-field {prompt_field}: drop one of them")
+        raise UserError(f"--template {template!r:.80} does not use --prompt-field {prompt_field}, drop one")
     completion = completion_field or (known.completion if known else None)
     if completion is None or (template is None and known is None):
-        raise UserError(f"{path}: which of its fields {_names(fields)} are prompt and completion? Say it with "
-                        "--prompt-field (or --template) and --completion-field")
+        raise UserError(f"{path}: which of its fields {_names(fields)} are prompt and completion? "
+                        "Say it with --prompt-field (or --template) and --completion-field")
     layout = replace(known, completion=completion) if template is None else Layout(template, completion)
     used = _template_fields(layout.template)
     for name in [*used, completion]:
         if name not in fields and name != layout.optional:
-            raise UserError(f"{path}: no field {name!r:.40}, there are {_names(fields)}: change --prompt-field, "
-                            "--completion-field or --template")
+            raise UserError(f"{path}: no field {name!r:.40}, there are {_names(fields)}: "
+                            "change --prompt-field, --completion-field or --template")
     if not used or completion in used:
         wrong = f"holds the completion's field {completion!r:.40}" if used else "uses no field"
         raise UserError(f"{path}: the prompt's template {layout.template!r:.80} {wrong}: "
@@ -311,7 +315,7 @@ def _choose_layout(path: Path, fields: dict[str, Any], prompt_field: str | None,
 
 def _read_rows(path: Path) -> Iterator[_Row]:
     if not os.path.isfile(path):
-        raise UserError(f"{path}: " + ("not a regular file" if os.path.exists(path) else "no such file or folder"))
+        raise UserError(f"{path}: {'not a' if os.path.exists(path) else 'no such'} file, give --data another")
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: unknown kind of file {path.suffix!r:.20}, known are {' '.join(READERS)}")
     try:
@@ -343,7 +347,7 @@ def read_file(path: Path, prompt_field: str | None = None, completion_field: str
             except ValueError as error:
                 problem = str(error)
         if problem and not skip_bad:
-            raise UserError(f"{path.with_name(row.where)}: {problem} (--skip-bad counts such rows and goes on)")
+            raise UserError(f"{path.with_name(row.where)}: {problem} (--skip-bad goes on without such rows)")
         if problem:
             bad.append(f"{row.where}: {problem}")
         elif prompt and completion:

@@ -6,8 +6,8 @@
     last.safetensors    everything needed to go on: parameters, optimizer, random state, progress
     result.json         the scores at the end
 
-Tensor files are written atomically and carry a checksum of all they hold. Best and last are apart, so that one
-survives whatever happens to the other.
+Tensor files are written atomically and carry a checksum of all they hold. Best and last are apart, so that
+one survives whatever happens to the other.
 """
 
 import hashlib
@@ -53,6 +53,11 @@ class Config:
     own: Any  # the mode's Options
     origins: dict[str, tuple[Any, str]]
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Positions that the mode's soft prompt will take; 0 for a mode without one."""
+        return getattr(self.own, "prompt_tokens", 0)
+
 
 def describe(config: Config) -> str:
     """The configuration as lines of `name = value (origin)`, defaults last and together."""
@@ -70,12 +75,13 @@ def save_config(folder: Path, config: Config) -> None:
 
 
 def load_config(folder: Path, train_options: type) -> Config:
-    """What `save_config` wrote. Raises UserError when the folder is not a run's, or the options are not this version's."""
+    """What `save_config` wrote. Raises UserError when the folder is not a run's, or the options are not this
+    version's."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        own = modes.MODES[raw["mode"]].Options(**raw["own"])
-        return Config(raw["mode"], train_options(**raw["train"]), DataOptions(**raw["data"]), own, raw["origins"])
+        train, own = train_options(**raw["train"]), modes.MODES[raw["mode"]].Options(**raw["own"])
+        return Config(raw["mode"], train, DataOptions(**raw["data"]), own, raw["origins"])
     except FileNotFoundError:
         raise UserError(f"{folder} is not a run's folder: it has no config.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -104,17 +110,21 @@ def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if expected != checksum(tensors, metadata):
         raise UserError(f"{path} is damaged: its checksum does not fit its contents")
     if int(metadata["format"]) > FORMAT:
-        raise UserError(f"{path} has format {metadata['format']}, and this version reads up to {FORMAT}: update minift")
+        raise UserError(f"{path} has format {metadata['format']}, and this version reads up to {FORMAT}: "
+                        "update minift")
     return tensors, metadata
 
 
 def create(folder: Path, overwrite: bool) -> Path:
-    """A new, empty folder for a run. Raises UserError if it is there already; `overwrite` empties a run's folder."""
+    """A new, empty folder for a run. Raises UserError if it is there already; `overwrite` empties a run's
+    folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not overwrite:
-            raise UserError(f"{folder} exists already: name another --out, or pass --overwrite to replace that run")
-        if not folder.is_dir() or not ((folder / "config.json").exists() or (folder / "compare.json").exists()):
-            raise UserError(f"{folder} is not a run's folder, and --overwrite does not touch it: name another --out")
+            raise UserError(f"{folder} exists already: name another --out, or pass --overwrite to replace "
+                            "that run")
+        if not any((folder / file).is_file() for file in ("config.json", "compare.json")):
+            raise UserError(f"{folder} is not a run's folder, and --overwrite does not touch it: name "
+                            "another --out")
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +152,8 @@ def save_tuned(folder: Path, model: GPT, mode: str, options: Any, base: str, pro
     """The parameters that train, with the mode, its options and the base's fingerprint."""
     write_checked(folder / "tuned.safetensors", modes.tuned_parameters(model), {
         "format": str(FORMAT), "mode": mode, "options": json.dumps(asdict(options)), "base": base,
-        "fingerprint": str(model.fingerprint), "step": str(progress.step), "val_loss": str(progress.best_val_loss)})
+        "fingerprint": str(model.fingerprint), "step": str(progress.step),
+        "val_loss": str(progress.best_val_loss)})
 
 
 def load_tuned(folder: Path, model: GPT, base: str) -> str:
@@ -153,12 +164,15 @@ def load_tuned(folder: Path, model: GPT, base: str) -> str:
     path = folder / "tuned.safetensors"
     tensors, metadata = read_checked(path)
     if metadata["fingerprint"] != model.fingerprint:
-        raise UserError(f"{path} was tuned on the base {metadata['base']} (fingerprint {metadata['fingerprint']}), and "
+        raise UserError(f"{path} was tuned on the base {metadata['base']} (fingerprint "
+                        f"{metadata['fingerprint']}), and "
                         f"{base} is another one ({model.fingerprint}): pass the right --model")
     mode, options = metadata["mode"], json.loads(metadata["options"])
     if mode not in modes.MODES:
-        raise UserError(f"{path} was made in mode {mode!r}, which is not known here: {', '.join(modes.MODES)}")
+        raise UserError(f"{path} was made in mode {mode!r}, which is not known here: "
+                        f"{', '.join(modes.MODES)}")
     modes.apply(model, mode, modes.MODES[mode].Options(**options))
+    model.set_compute_dtype(model.compute_dtype)  # what is tuned goes back to fp32 before it is filled
     modes.load_tuned(model, tensors, str(path))
     return mode
 
@@ -181,8 +195,8 @@ def load_last(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> Pro
     path = folder / "last.safetensors"
     tensors, metadata = read_checked(path)
     tuned = modes.tuned_parameters(model)
-    modes.load_tuned(model, {n.removeprefix("tuned."): t for n, t in tensors.items() if n.startswith("tuned.")},
-                     str(path))
+    saved = {name.removeprefix("tuned."): t for name, t in tensors.items() if name.startswith("tuned.")}
+    modes.load_tuned(model, saved, str(path))
     for name, parameter in tuned.items():
         state = {key.split(".", 2)[1]: tensor.clone() for key, tensor in tensors.items()
                  if key.startswith("optimizer.") and key.split(".", 2)[2] == name}
@@ -195,7 +209,8 @@ def load_last(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> Pro
 
 
 class MetricsLog:
-    """metrics.jsonl, a line at a time. Opened at step n, it drops the lines after n: those steps will be run again."""
+    """metrics.jsonl, a line at a time. Opened at step n, it drops the lines after n: those steps will be run
+    again."""
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / "metrics.jsonl"

@@ -5,8 +5,8 @@ range is checked against the file's size before a tensor is made. The tensors ar
 neither time nor memory until they are used.
 
 Stricter than the safetensors package, which accepts these: white space before the header, a name given twice,
-keys beside dtype, shape and data_offsets, an entry that is a list, a null `__metadata__`, an empty tensor whose
-other dimensions make 2**60 bytes, and the dtypes that are not in DTYPES.
+keys beside dtype, shape and data_offsets, an entry that is a list, a null `__metadata__`, an empty tensor
+whose other dimensions make 2**60 bytes, and the dtypes that are not in DTYPES.
 """
 
 import contextlib
@@ -194,8 +194,7 @@ def write(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mappi
         yield len(text).to_bytes(8, "little") + text
         for name in order:
             flat = tensors[name].detach().cpu().contiguous().view(-1)
-            if flat.numel():
-                yield flat.view(torch.uint8).numpy()
+            yield flat.view(torch.uint8).numpy()
 
     write_file(path, chunks())
 

@@ -1,7 +1,7 @@
 """GPT-2 weights in and out: a Hugging Face folder, or a model of the Hub by name.
 
-Loading compares names and shapes exactly and names every difference. Files keep GPT-2's Conv1D layout, (in, out); the
-model's linear layers are (out, in), and the four kinds of matrix below are turned round on the way.
+Loading compares names and shapes exactly and names every difference. Files keep GPT-2's Conv1D layout, (in,
+out); the model's linear layers are (out, in), and the four kinds of matrix below are turned round on the way.
 """
 
 import hashlib
@@ -35,16 +35,16 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def load(name: str) -> GPT:
-    """The model of `name`, a folder's path or a name in HUB, in fp32 on the CPU, with `tokenizer`, `folder` and
-    `fingerprint` set. Large tensors stay memory-mapped, copied only when written to. Raises UserError."""
+    """The model of `name`, a folder's path or a name in HUB, in fp32 on the CPU, with `tokenizer`, `folder`
+    and `fingerprint` set. Large tensors stay memory-mapped, copied only when written to. Raises UserError."""
     folder = find_folder(name)
     config = GPTConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     with torch.device("meta"):
         model = GPT(config)
     tensors = canonical(read_tensors(folder), str(folder))
     check_tensors(tensors, {key: p.shape for key, p in model.named_parameters()}, str(folder))
-    model.load_state_dict({key: t.T.contiguous() if CONV1D.fullmatch(key) else t for key, t in tensors.items()},
-                          assign=True)
+    state = {name: t.T.contiguous() if CONV1D.fullmatch(name) else t for name, t in tensors.items()}
+    model.load_state_dict(state, assign=True)
     model.folder, model.tokenizer = folder, load_tokenizer(folder, config)
     model.fingerprint = fingerprint(model)
     return model
@@ -61,7 +61,8 @@ def find_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise UserError(f"--model {name}: there is no such folder; it must hold config.json, the weights "
-                        "(model.safetensors or pytorch_model.bin) and tokenizer.json or vocab.json + merges.txt")
+                        "(model.safetensors or pytorch_model.bin) and tokenizer.json or vocab.json + "
+                        "merges.txt")
     return folder
 
 
@@ -104,7 +105,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         return read_shards(folder / "model.safetensors.index.json")
     if (folder / "pytorch_model.bin").is_file():
         return read_bin(folder / "pytorch_model.bin")
-    raise UserError(f"{folder} holds no weights: there must be model.safetensors, model.safetensors.index.json with "
+    raise UserError(f"{folder} holds no weights: there must be model.safetensors, "
+                    "model.safetensors.index.json with "
                     "its shards, or pytorch_model.bin")
 
 
@@ -116,7 +118,8 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(listed.values())):
         if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
-            raise UserError(f"{index}: {file!r} is not the name of a file in the same folder, and is not opened")
+            raise UserError(f"{index}: {file!r} is not the name of a file in the same folder, and is not "
+                            "opened")
         if not (index.parent / file).is_file():
             raise UserError(f"{index} lists {file}, which is missing: fetch it again")
         found = safetensors.read(index.parent / file)[0]
@@ -133,14 +136,16 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged or a hostile file
-        raise UserError(f"{path} cannot be read as a file of plain tensors: {str(error).splitlines()[0][:200]}") from None
+        raise UserError(f"{path} cannot be read as a file of plain tensors: "
+                        f"{str(error).splitlines()[0][:200]}") from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{path} must hold a dictionary of tensors (a state dict)")
     return state
 
 
 def canonical(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """GPT-2's names without `transformer.`, without mask buffers and without the tied head; values in fp32."""
+    """GPT-2's names without `transformer.`, without mask buffers and without the tied head; values in
+    fp32."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         short = name.removeprefix("transformer.")
@@ -153,7 +158,8 @@ def canonical(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
         result[short] = tensor.float()
     head = result.pop("lm_head.weight", None)
     if head is not None and "wte.weight" in result and not torch.equal(head, result["wte.weight"]):
-        raise UserError(f"{where}: lm_head.weight differs from wte.weight; GPT-2's head is tied, and an untied one is "
+        raise UserError(f"{where}: lm_head.weight differs from wte.weight; GPT-2's head is tied, and an "
+                        "untied one is "
                         "not supported")
     return result
 
@@ -184,7 +190,8 @@ def load_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer | None:
         else:
             return None
     except Exception as error:  # the tokenizers package raises a bare Exception for any file it cannot read
-        raise UserError(f"{folder}: the tokenizer's files cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{folder}: the tokenizer's files cannot be read: "
+                        f"{' '.join(str(error).split())[:200]}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -206,7 +213,8 @@ def fingerprint(model: GPT) -> str:
 
 @torch.no_grad()
 def save_folder(model: GPT, folder: Path) -> None:
-    """Write a plain GPT-2 as a Hugging Face folder, in fp32: config.json, model.safetensors, the tokenizer's files.
+    """Write a plain GPT-2 as a Hugging Face folder, in fp32: config.json, model.safetensors, the tokenizer's
+    files.
 
     The model must hold GPT-2's parameters and no others (see modes.merge). The folder must be new or empty.
     """
@@ -215,8 +223,10 @@ def save_folder(model: GPT, folder: Path) -> None:
     with torch.device("meta"):
         names = list(GPT(model.config).state_dict())
     state = dict(model.named_parameters())
-    tensors = {f"transformer.{name}": (state[name].T if CONV1D.fullmatch(name) else state[name]).float().contiguous()
-               for name in names}
+    tensors = {}
+    for name in names:
+        tensor = state[name].T if CONV1D.fullmatch(name) else state[name]
+        tensors[f"transformer.{name}"] = tensor.float().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "tie_word_embeddings": True}
     if model.folder is not None:

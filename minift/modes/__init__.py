@@ -1,9 +1,11 @@
 """The tuning modes, one file each, and what they have in common.
 
-A mode is a module with three names: `Options`, a frozen dataclass whose fields become command-line flags; `TRAINING`,
-its measured defaults for lr and weight_decay; and `apply(model, options)`, which injects what the mode adds to a wholly
-frozen model and unfreezes what trains. A mode that adds parameters may have `merge(model)`, which folds them into the
-base's own weights, or raises UserError with the reason why it cannot. Nothing else in the project asks for a mode by name.
+A mode is a module with three names: `Options`, a frozen dataclass whose fields become command-line flags;
+`TRAINING`, its measured defaults for lr and weight_decay; and `apply(model, options)`, which injects what the
+mode adds to a wholly frozen model and unfreezes what trains. A mode that adds parameters may have
+`merge(model)`, which folds them into the base's own weights, or raises UserError with the reason why it
+cannot; and any mode may have `describe(model)`, lines about what it learned. Nothing else in the project asks
+for a mode by name.
 """
 
 from typing import Any
@@ -25,7 +27,8 @@ MODES = {
 
 
 def apply(model: GPT, mode: str, options: Any) -> None:
-    """Freeze the model, then let the mode inject and unfreeze. Raises UserError for options that cannot be honoured."""
+    """Freeze the model, then let the mode inject and unfreeze. Raises UserError for options that cannot be
+    honoured."""
     model.requires_grad_(False)
     MODES[mode].apply(model, options)
 
@@ -37,8 +40,8 @@ def tuned_parameters(model: GPT) -> dict[str, torch.nn.Parameter]:
 
 @torch.no_grad()
 def load_tuned(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy a tuned file's tensors into a model to which the same mode was applied. Raises UserError, with every
-    difference, unless names and shapes are exactly those that train."""
+    """Copy a tuned file's tensors into a model to which the same mode was applied. Raises UserError, with
+    every difference, unless names and shapes are exactly those that train."""
     tuned = tuned_parameters(model)
     faults = [f"{name} is missing" for name in tuned if name not in tensors]
     faults += [f"{name} is not expected" for name in tensors if name not in tuned]
@@ -51,8 +54,8 @@ def load_tuned(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
 
 
 def merge(model: GPT, mode: str) -> None:
-    """Leave GPT-2's own parameters alone to say what the tuned model does, so that it can be saved as a plain GPT-2.
-    Raises UserError, with the mode's reason, where that is impossible."""
+    """Leave GPT-2's own parameters alone to say what the tuned model does, so that it can be saved as a plain
+    GPT-2. Raises UserError, with the mode's reason, where that is impossible."""
     with torch.device("meta"):
         base = set(GPT(model.config).state_dict())
     if set(tuned_parameters(model)) <= base:
@@ -60,3 +63,11 @@ def merge(model: GPT, mode: str) -> None:
     if not hasattr(MODES[mode], "merge"):
         raise UserError(f"mode {mode} adds parameters of its own and has no merge")
     MODES[mode].merge(model)
+
+
+def describe(model: GPT, mode: str) -> list[str]:
+    """What the mode can say of its tuned parameters; by default their names, shapes and norms."""
+    if hasattr(MODES[mode], "describe"):
+        return MODES[mode].describe(model)
+    tuned = tuned_parameters(model)
+    return [f"{name} {tuple(p.shape)} norm {p.norm().item():.4g}" for name, p in tuned.items()]

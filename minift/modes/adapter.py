@@ -26,7 +26,8 @@ class Options:
 
 
 class Adapter(nn.Module):
-    """x + up(gelu(down(x))), (..., C) -> (..., C). `up` starts at zero, so the adapter starts as the identity."""
+    """x + up(gelu(down(x))), (..., C) -> (..., C). `up` starts at zero, so the adapter starts as the
+    identity."""
 
     def __init__(self, n_embd: int, bottleneck: int, device: torch.device):
         super().__init__()
@@ -56,4 +57,5 @@ def apply(model: GPT, options: Options) -> None:
 
 
 def merge(model: GPT) -> None:
-    raise UserError("adapters cannot be merged: their GELU makes them non-linear, and GPT-2 has no such layer")
+    raise UserError("adapters cannot be merged: their GELU makes them non-linear, and GPT-2 has no such "
+                    "layer")

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021): W stays frozen, and a low-rank update s B A beside it trains.
 
-A starts with Kaiming's uniform distribution and B at zero, so the first step starts from the base exactly. The
-arithmetic is `lora_linear` in minift/kernels.py; this file says where it goes.
+A starts with Kaiming's uniform distribution and B at zero, so the first step starts from the base exactly.
+The arithmetic is `lora_linear` in minift/kernels.py; this file says where it goes.
 """
 
 import math
@@ -25,24 +25,29 @@ class Options:
     rank: int = option(8, "rank r of the update")
     alpha: float = option(16.0, "the update is scaled by alpha / rank, or as --scaling says")
     dropout: float = option(0.0, "dropout on the update's input")
-    targets: str = option("all", "matrices that get an update, a comma list of q, k, v, o (attention's projection), fc, "
+    targets: str = option("all", "matrices that get an update, a comma list of q, k, v, o (attention's "
+                                 "projection), fc, "
                                  "proj (the MLP's two), qkv (the fused matrix as one), all, attention, mlp")
-    scaling: str = option("standard", "standard: alpha/rank; rslora: alpha/sqrt(rank)", ("standard", "rslora"))
+    scaling: str = option("standard", "standard: alpha/rank; rslora: alpha/sqrt(rank) (Kalajdzievski 2023)",
+                          ("standard", "rslora"))
 
 
 class LoRALinear(Linear):
-    """A linear layer with a low-rank update on some of its outputs. It takes over the base's weight and bias under
-    their own names. `offsets` says where each adapted part of `part` outputs begins: for q and v of c_attn, 0 and 2C.
+    """A linear layer with a low-rank update on some of its outputs. It takes over the base's weight and bias
+    under their own names. `offsets` says where each adapted part of `part` outputs begins: for q and v of
+    c_attn, 0 and 2C.
 
     lora_A: (parts * rank, in), lora_B: (parts * part, rank).
     """
 
-    def __init__(self, base: Linear, rank: int, scale: float, dropout: float, offsets: tuple[int, ...], part: int):
+    def __init__(self, base: Linear, rank: int, scale: float, dropout: float, offsets: tuple[int, ...],
+                 part: int):
         super().__init__(base.in_features, base.out_features, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.lora_A = nn.Parameter(torch.empty(len(offsets) * rank, base.in_features, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(len(offsets) * part, rank, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # fan-in is `in`: the bound is 1/sqrt(in) (loralib)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(len(offsets) * rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(len(offsets) * part, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as loralib: uniform within 1/sqrt(in)
         self.scale, self.dropout, self.offsets, self.part = scale, dropout, offsets, part
         self.unmerged: Tensor | None = None  # the base's own weight, while the update is merged into `weight`
 
@@ -62,9 +67,11 @@ class LoRALinear(Linear):
 
 
 def apply(model: GPT, options: Options) -> None:
-    """Replace the target layers by LoRALinear. Raises UserError for a target or a value that cannot be honoured."""
+    """Replace the target layers by LoRALinear. Raises UserError for a target or a value that cannot be
+    honoured."""
     if options.rank < 1 or not options.alpha > 0 or not 0 <= options.dropout < 1:
-        raise UserError(f"--rank {options.rank} --alpha {options.alpha} --dropout {options.dropout}: rank must be at "
+        raise UserError(f"--rank {options.rank} --alpha {options.alpha} --dropout {options.dropout}: rank "
+                        "must be at "
                         "least 1, alpha above 0, dropout at least 0 and below 1")
     scale = options.alpha / (math.sqrt(options.rank) if options.scaling == "rslora" else options.rank)
     targets, C = parse_targets(options.targets), model.config.n_embd
@@ -96,7 +103,8 @@ def parse_targets(text: str) -> set[str]:
         raise UserError(f"--targets {text}: {', '.join(map(repr, unknown))} is not a target; there are "
                         f"{', '.join((*TARGETS, *GROUPS))}")
     if "qkv" in names and {"q", "k", "v"} & set(names):
-        raise UserError(f"--targets {text}: qkv is one update of the whole fused matrix, q, k and v are updates of its "
+        raise UserError(f"--targets {text}: qkv is one update of the whole fused matrix, q, k and v are "
+                        "updates of its "
                         "parts: choose one")
     return set(names)
 
@@ -107,7 +115,8 @@ def lora_layers(model: GPT) -> list[LoRALinear]:
 
 @torch.no_grad()
 def merge(model: GPT) -> None:
-    """Fold every update into its weight: the same function without the extra work. The sum is made in fp32."""
+    """Fold every update into its weight: the same function without the extra work. The sum is made in
+    fp32."""
     for layer in lora_layers(model):
         if layer.unmerged is None:
             layer.unmerged = layer.weight.data
@@ -115,7 +124,8 @@ def merge(model: GPT) -> None:
 
 
 def unmerge(model: GPT) -> None:
-    """Undo `merge`. The base's weights were kept, so they come back bit for bit (subtracting would not do that)."""
+    """Undo `merge`. The base's weights were kept, so they come back bit for bit (subtracting would not do
+    that)."""
     for layer in lora_layers(model):
         if layer.unmerged is not None:
             layer.weight.data, layer.unmerged = layer.unmerged, None

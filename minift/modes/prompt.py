@@ -1,4 +1,5 @@
-"""Prompt tuning (Lester et al. 2021): the model stays frozen, and the embeddings of P extra tokens in front train."""
+"""Prompt tuning (Lester et al. 2021): the model stays frozen, and the embeddings of P extra tokens in front
+train."""
 
 from dataclasses import dataclass
 
@@ -16,9 +17,11 @@ TRAINING = {"lr": 1e-2, "weight_decay": 0.0}
 @dataclass(frozen=True)
 class Options:
     prompt_tokens: int = option(20, "length of the soft prompt; it takes that many of the model's positions")
-    prompt_init: str = option("vocab", "where it starts: vocab (embeddings of sampled tokens), text (of --prompt-text), "
+    prompt_init: str = option("vocab", "where it starts: vocab (embeddings of sampled tokens), text (of "
+                                       "--prompt-text), "
                                        "noise (normal, 0.02)", ("vocab", "text", "noise"))
-    prompt_text: str | None = option(None, "the text to start from, repeated or cut to --prompt-tokens; needs "
+    prompt_text: str | None = option(None, "the text to start from, repeated or cut to --prompt-tokens; "
+                                           "needs "
                                            "--prompt-init text")
 
 
@@ -31,7 +34,8 @@ class SoftPrompt(nn.Module):
 
 
 def apply(model: GPT, options: Options) -> None:
-    """Fill the model's prompt slot. Raises UserError when it would leave no room, or the options contradict."""
+    """Fill the model's prompt slot. Raises UserError when it would leave no room, or the options
+    contradict."""
     count, room = options.prompt_tokens, model.config.n_positions
     if not 1 <= count < room:
         raise UserError(f"--prompt-tokens {count}: must be at least 1 and below the model's {room} positions")
@@ -45,7 +49,7 @@ def apply(model: GPT, options: Options) -> None:
         if not ids:
             raise UserError("--prompt-text is empty: give at least one token to start from")
         start = embeddings[torch.tensor((ids * count)[:count])]
-    else:  # as in the paper's section 3.2, among the 5,000 commonest tokens: a BPE vocabulary begins with them
+    else:  # section 3.2: among the 5,000 commonest tokens, with which a BPE vocabulary begins
         common = min(5000, model.config.vocab_size)
         start = embeddings[torch.randperm(common)[torch.arange(count) % common]]
     model.prompt = SoftPrompt(start)
@@ -54,14 +58,29 @@ def apply(model: GPT, options: Options) -> None:
 
 @torch.no_grad()
 def nearest_tokens(model: GPT, count: int = 3) -> list[list[tuple[str, float]]]:
-    """For each learned vector the `count` vocabulary tokens nearest by cosine, with the cosine. A way to look at what
-    was learned, not an explanation of it: unlike prompts can do the same work (Lester et al. 2021, section 7)."""
+    """For each learned vector the `count` vocabulary tokens nearest by cosine, with the cosine. A way to look
+    at what was learned, not an explanation of it: unlike prompts can do the same work (Lester et al. 2021,
+    section 7)."""
     table = F.normalize(model.wte.weight.float(), dim=-1)  # (V, C)
     cosine = F.normalize(model.prompt.weight.float(), dim=-1) @ table.T  # (P, V)
     best = cosine.topk(count)
-    return [[(model.tokenizer.decode([i], skip_special_tokens=False), c) for i, c in zip(ids, values, strict=True)]
-            for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    near = []
+    for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        tokens = [model.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+        near.append(list(zip(tokens, values, strict=True)))
+    return near
+
+
+def describe(model: GPT) -> list[str]:
+    """A line for each vector: its norm and its nearest tokens."""
+    norms = model.prompt.weight.norm(dim=-1).tolist()
+    lines = []
+    for i, (norm, near) in enumerate(zip(norms, nearest_tokens(model), strict=True)):
+        tokens = ", ".join(f"{token!r} {cosine:.2f}" for token, cosine in near)
+        lines.append(f"{i:3}  norm {norm:7.3f}  nearest {tokens}")
+    return lines
 
 
 def merge(model: GPT) -> None:
-    raise UserError("a soft prompt cannot be merged: it is extra input, and GPT-2's own weights have no place for it")
+    raise UserError("a soft prompt cannot be merged: it is extra input, and GPT-2's own weights have no "
+                    "place for it")

@@ -1,4 +1,5 @@
-"""Selective tuning, the layer-freezing selector: some of the base's own parameters train, the others stay frozen.
+"""Selective tuning, the layer-freezing selector: some of the base's own parameters train, the others stay
+frozen.
 
 FT-Top2 of the LoRA paper (Hu et al. 2021, table 3) is `top:2`; BitFit (Ben Zaken et al. 2022) is `bias`.
 Parameters are found by the module that owns them, never by a piece of their name.
@@ -19,12 +20,14 @@ GROUPS = "top:N, bottom:N, blocks:A-B, bias, norm, attention, mlp, embeddings, f
 
 @dataclass(frozen=True)
 class Options:
-    train: str = option("top:2", f"what trains: a comma list (a union) of {GROUPS}; '+' intersects: top:2+bias is "
+    train: str = option("top:2", f"what trains: a comma list (a union) of {GROUPS}; '+' intersects: "
+                                 "top:2+bias is "
                                  "the biases of the top two blocks")
 
 
 def apply(model: GPT, options: Options) -> None:
-    """Unfreeze what `options.train` names. Raises UserError for an unknown group or one that matches nothing."""
+    """Unfreeze what `options.train` names. Raises UserError for an unknown group or one that matches
+    nothing."""
     for term in options.train.split(","):
         chosen = {p: True for p in model.parameters()}  # a dict keeps the order, and tensors hash by identity
         for group in term.split("+"):
@@ -68,5 +71,6 @@ def block_range(kind: str, argument: str, n_layer: int) -> slice:
         count = int(first)
         begin, end = (n_layer - count, n_layer) if kind == "top" else (0, count)
     if begin < 0 or end > n_layer or begin >= end:
-        raise UserError(f"--train: {kind}:{argument} does not fit a model of {n_layer} blocks (0 to {n_layer - 1})")
+        raise UserError(f"--train: {kind}:{argument} does not fit a model of {n_layer} blocks (0 to "
+                        f"{n_layer - 1})")
     return slice(begin, end)
