@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minift import data, metrics, modes, run, weights
+from minift import checkpoint, config, data, metrics, modes, weights
+from minift.config import Config
 from minift.errors import UserError, run_script
 from minift.generate import generate
 from minift.machine import DEVICES, DTYPES, choose_device, choose_dtype
 from minift.model import GPT
 from minift.options import Parser, add_options, option, resolve
-from train import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class EvalOptions:
     device: str = option("auto", "where to compute", DEVICES)
 
 
-def load_base(config: run.Config, options: EvalOptions) -> GPT:
+def load_base(asked: Config, options: EvalOptions) -> GPT:
     """The run's base, untouched, in the compute dtype and on the device of `options`."""
     device = choose_device(options.device)
-    model = weights.load(options.model or config.train.model)
+    model = weights.load(options.model or asked.train.model)
     model.requires_grad_(False)
     model.set_compute_dtype(choose_dtype(options.dtype, device))
     return model.to(device)
@@ -85,38 +85,38 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     options, _ = resolve(EvalOptions, args, {})
     folder = Path(args.run)
-    config = run.load_config(folder, TrainOptions)
-    base_name = options.model or config.train.model
+    asked = config.load(folder)
+    base_name = options.model or asked.train.model
     if options.save:
         model = weights.load(base_name)
-        mode = run.load_tuned(folder, model, base_name)
+        mode = checkpoint.load_tuned(folder, model, base_name)
         modes.merge(model, mode)
         weights.save_folder(model, Path(options.save))
         print(f"{options.save}: {mode} of {folder} as a Hugging Face folder")
         return
-    model = load_base(config, options)
+    model = load_base(asked, options)
     if options.prompt is not None or options.describe:
-        mode = run.load_tuned(folder, model, base_name)
+        mode = checkpoint.load_tuned(folder, model, base_name)
         if options.prompt is not None:
             print(complete(model, options))
         if options.describe:
             print("\n".join(modes.describe(model, mode)))
         return
-    score_both(folder, config, options, model, base_name)
+    score_both(folder, asked, options, model, base_name)
 
 
-def score_both(folder: Path, config: run.Config, options: EvalOptions, model: GPT, base_name: str) -> None:
+def score_both(folder: Path, asked: Config, options: EvalOptions, model: GPT, base_name: str) -> None:
     """The default job: the same test rows before and after the tuned tensors are loaded."""
-    pairs_from = config.data if options.data is None else data.DataOptions(options.data)
-    room = model.config.n_positions - config.prompt_tokens
+    pairs_from = asked.data if options.data is None else data.DataOptions(options.data)
+    room = model.config.n_positions - asked.prompt_tokens
     limits = {"test": options.test_rows}
-    examples, lines = data.load_examples(pairs_from, config.train.seed, model, room, limits)
+    examples, lines = data.load_examples(pairs_from, asked.train.seed, model, room, limits)
     if not examples["test"]:
         raise UserError(f"{pairs_from.data}: there are no test rows to score")
-    general_file = options.general or config.train.general
+    general_file = options.general or asked.train.general
     general = data.read_text(general_file) if general_file else None
     scores = {"base": metrics.score(model, examples["test"], options.batch, options.max_new_tokens, general)}
-    mode = run.load_tuned(folder, model, base_name)
+    mode = checkpoint.load_tuned(folder, model, base_name)
     scores["tuned"] = metrics.score(model, examples["test"], options.batch, options.max_new_tokens, general)
     if options.json:
         print(json.dumps(scores))

@@ -12,7 +12,7 @@ def next_tokens(logits: Tensor, temperature: float, top_k: int | None, top_p: fl
                 generator: torch.Generator) -> Tensor:
     """(B, V) logits -> (B,) tokens. Temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p the
     fewest likeliest that together hold at least that probability (Holtzman et al. 2020)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # logits divided by less could overflow, and the argmax is all they would give
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None:
@@ -41,7 +41,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
         return []
     if not all(prompts):
         raise UserError("an empty prompt: generation needs at least one token to start from")
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if not temperature >= 0 or not (top_k is None or top_k >= 1) or not (top_p is None or 0 < top_p <= 1):
         raise UserError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: temperature must be 0 or "
                         "more, "
                         "top_k 1 or more, top_p above 0 and at most 1")

@@ -32,7 +32,7 @@ def keep_mask(x: Tensor, dropout: float, seed: int) -> Tensor:
     generator = torch.Generator(x.device).manual_seed(seed)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
     draws.random_(-(2**63), None, generator=generator)
-    return (draws.view(torch.int16)[: x.numel()] >= round(dropout * 65536) - 32768).view(x.shape)
+    return (draws.view(torch.int16)[: x.numel()] >= min(round(dropout * 65536), 65535) - 32768).view(x.shape)
 
 
 class LowRankLinear(torch.autograd.Function):

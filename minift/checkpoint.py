@@ -1,0 +1,158 @@
+"""The two tensor files of a run, written atomically, with a checksum of all that they hold.
+
+    tuned.safetensors   the parameters that trained, at the best validation loss, bound to their base
+    last.safetensors    everything needed to go on: parameters, optimizer, random state, progress
+
+Best and last are apart, so that one survives whatever happens to the other.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import modes, safetensors
+from .errors import UserError
+from .model import GPT
+
+FORMAT = 1
+TUNED, LAST = "tuned.safetensors", "last.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far a run is. `stale` counts the validations since the best one, `window_*` sums up the losses
+    since the last one."""
+
+    step: int = 0
+    best_step: int = 0
+    best_val_loss: float = float("inf")
+    stale: int = 0
+    window_loss: float = 0.0
+    window_steps: int = 0
+    train_loss: float = float("nan")  # mean over the steps between the last two validations
+    tokens: int = 0
+    seconds: float = 0.0  # spent in training steps: neither validation nor saving
+    skipped: int = 0  # steps left out because their gradient was not finite
+    stopped: bool = False
+
+
+def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """A hash of names, types, shapes, values and metadata."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        if tensor.numel():
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Atomically: until the new file is whole and on the disk, the old one stays."""
+    metadata = metadata | {"format": str(FORMAT)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.write(path, tensors, metadata | {"sha256": checksum(tensors, metadata)})
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `write` wrote. Raises UserError when the file is missing, damaged or of a newer format, and says
+    whether the run's other file could serve."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        tensors, metadata = safetensors.read(path)
+        found = metadata.get("format", "")
+        if found.isdigit() and int(found) > FORMAT:
+            raise UserError(f"{path} has format {found}, newer than the {FORMAT} of this version: update minift")
+        if metadata.pop("sha256", None) != checksum(tensors, metadata):
+            raise UserError(f"{path} is damaged: its checksum does not fit what it holds")
+    except UserError as error:
+        other = path.with_name(LAST if path.name == TUNED else TUNED)
+        use = "--resume goes on from it" if other.name == LAST else "eval.py can use it"
+        raise UserError(f"{error}" + (f" ({other.name} beside it is there: {use})" if other.is_file() else "")
+                        ) from None
+    return tensors, metadata
+
+
+def identity(model: GPT, mode: str, options: Any, base: str) -> dict[str, str]:
+    """What a tuned tensor belongs to: the mode, its options, and the base by name and fingerprint."""
+    return {"mode": mode, "options": json.dumps(asdict(options)), "base": base,
+            "fingerprint": str(model.fingerprint)}
+
+
+def check_base(metadata: dict[str, str], model: GPT, base: str, path: Path) -> None:
+    if metadata["fingerprint"] != model.fingerprint:
+        raise UserError(f"{path} was tuned on the base {metadata['base']} (fingerprint "
+                        f"{metadata['fingerprint']}), and {base} is another one ({model.fingerprint}): pass "
+                        "the right --model")
+
+
+def save_tuned(folder: Path, model: GPT, belongs: dict[str, str], progress: Progress) -> None:
+    """The parameters that train, as they are now. `belongs` comes from `identity`."""
+    write(folder / TUNED, modes.tuned_parameters(model),
+          belongs | {"step": str(progress.step), "val_loss": str(progress.best_val_loss)})
+
+
+def load_tuned(folder: Path, model: GPT, base: str) -> str:
+    """Apply the run's mode to the untouched base `model` and load what was tuned; gives the mode's name.
+
+    Raises UserError when the file is damaged, belongs to another base, or does not fit.
+    """
+    path = folder / TUNED
+    tensors, metadata = read(path)
+    check_base(metadata, model, base, path)
+    mode = metadata["mode"]
+    if mode not in modes.MODES:
+        raise UserError(f"{path} was made in mode {mode!r}; known here: {', '.join(modes.MODES)}")
+    modes.apply(model, mode, modes.MODES[mode].Options(**json.loads(metadata["options"])))
+    model.set_compute_dtype(model.compute_dtype)  # what is tuned goes back to fp32 before it is filled
+    modes.load_tuned(model, tensors, str(path))
+    return mode
+
+
+def load_best(folder: Path, model: GPT) -> None:
+    """The best parameters so far into a model that has the run's mode already."""
+    modes.load_tuned(model, read(folder / TUNED)[0], str(folder / TUNED))
+
+
+def save_last(folder: Path, model: GPT, belongs: dict[str, str], optimizer: torch.optim.Optimizer,
+              progress: Progress) -> None:
+    """Everything needed to go on as if nothing had happened."""
+    tensors = {"random.cpu": torch.get_rng_state()}
+    if model.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(model.device)
+    for name, parameter in modes.tuned_parameters(model).items():
+        tensors[f"tuned.{name}"] = parameter
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+    write(folder / LAST, tensors, belongs | {"progress": json.dumps(asdict(progress))})
+
+
+def load_last(folder: Path, model: GPT, belongs: dict[str, str],
+              optimizer: torch.optim.Optimizer) -> Progress:
+    """The reverse of `save_last`, into a model to which the run's mode was applied. Raises UserError when the
+    file was made with other options or on another base."""
+    path = folder / LAST
+    tensors, metadata = read(path)
+    check_base(metadata, model, belongs["base"], path)
+    for key in ("mode", "options"):
+        if metadata[key] != belongs[key]:
+            raise UserError(f"{path} was made with {key} {metadata[key]}, and config.json says "
+                            f"{belongs[key]}: a run goes on with the options it was started with")
+    saved = {name.removeprefix("tuned."): t for name, t in tensors.items() if name.startswith("tuned.")}
+    modes.load_tuned(model, saved, str(path))
+    tuned = modes.tuned_parameters(model)
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, entry, name = key.split(".", 2)
+            on_cpu = entry == "step" and not optimizer.defaults["fused"]  # as AdamW itself keeps its count
+            place = "cpu" if on_cpu else tuned[name].device
+            optimizer.state[tuned[name]][entry] = tensor.clone().to(place)
+    torch.set_rng_state(tensors["random.cpu"].clone())
+    if "random.cuda" in tensors and model.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"].clone(), model.device)
+    return Progress(**json.loads(metadata["progress"]))

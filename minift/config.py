@@ -1,0 +1,158 @@
+"""What a run is asked to do: the options of train.py, from the command line or from a run's config.json."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from . import modes, run
+from .data import DataOptions
+from .errors import UserError
+from .machine import DEVICES, DTYPES
+from .options import Parser, add_options, flag, option, resolve
+
+TINY = Path(__file__).parents[1] / "data" / "tiny"  # the embedded base, its pairs and its general text
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    mode: str = option("lora", f"how to tune: {', '.join(modes.MODES)}, a comma list of them, or all")
+    model: str | None = option(None, "a folder's path, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
+                                     "distilgpt2 from the "
+                                     "Hub (default: the embedded base)")
+    out: str | None = option(None, "folder of the run (default: runs/MODE-1, runs/MODE-2, ...)")
+    overwrite: bool = option(False, "replace the run that is in --out")
+    epochs: float = option(3.0, "passes over the training rows")
+    steps: int | None = option(None, "optimizer steps, instead of --epochs")
+    batch: int = option(16, "rows in a forward pass")
+    accumulate: int = option(1, "forward passes in an optimizer step; the loss is a mean over all their "
+                                "target tokens")
+    lr: float | None = option(None, "peak learning rate (default: the mode's)")
+    weight_decay: float | None = option(None, "decay of matrices; biases, norms and soft prompts have none "
+                                              "(default: "
+                                              "the mode's)")
+    schedule: str = option("cosine", "the learning rate after warm-up", ("cosine", "linear", "constant"))
+    warmup_ratio: float = option(0.06, "share of the steps in which the learning rate rises from 0")
+    clip: float = option(1.0, "largest norm of the whole gradient; 0 leaves it alone")
+    model_dropout: float = option(0.0, "GPT-2's own dropout (embeddings, attention, residuals); "
+                                       "config.json's is unused")
+    eval_every: int | None = option(None, "steps between validations (default: ten validations a run)")
+    patience: int = option(3, "validations without a better loss before the run stops; 0 never stops early")
+    val_rows: int = option(200, "validate on the first N validation rows")
+    test_rows: int = option(200, "score the first N test rows at the end")
+    max_new_tokens: int = option(64, "length limit of generated completions")
+    general: str | None = option(None, "a text file outside the task: its loss before and after is the "
+                                       "forgetting")
+    dtype: str = option("auto", "what to compute in; auto: bf16 where the hardware has it", DTYPES)
+    device: str = option("auto", "where to compute", DEVICES)
+    seed: int = option(0, "seed of everything random: split, order, initialisation, dropout")
+    on_nan: str = option("stop", "what to do about a loss or gradient that is not finite", ("stop", "skip"))
+    max_skips: int = option(10, "with --on-nan skip: steps left out before the run ends after all")
+    resume: str | None = option(None, "go on with the run in this folder, with the options it was started "
+                                      "with")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run's resolved options, and for each where its value came from: {name: (value, origin)}."""
+
+    mode: str
+    train: TrainOptions
+    data: DataOptions
+    own: Any  # the mode's Options
+    origins: dict[str, tuple[Any, str]]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Positions that the mode's soft prompt will take; 0 for a mode without one."""
+        return getattr(self.own, "prompt_tokens", 0)
+
+
+def parse(arguments: list[str], description: str) -> dict[str, Config]:
+    """The command line as one resolved configuration for each mode to run."""
+    parser = Parser(prog="train.py", description=description)
+    add_options(parser, "training", TrainOptions)
+    add_options(parser, "data", DataOptions)
+    for name, module in modes.MODES.items():
+        add_options(parser, f"mode {name}", module.Options)
+    args = parser.parse_args(arguments)
+    if args.resume:
+        given = {name for name, value in vars(args).items() if value is not None and value is not False}
+        others = sorted(given - {"resume", "debug"})
+        if others:
+            raise UserError("--resume goes on with the options that the run was started with: leave out "
+                            f"{flag(others[0])}")
+        config = load(Path(args.resume))
+        resumed = replace(config.train, resume=args.resume, out=args.resume)
+        return {config.mode: replace(config, train=resumed)}
+
+    chosen = list(modes.MODES) if args.mode == "all" else (args.mode or TrainOptions.mode).split(",")
+    for mode in chosen:
+        if mode not in modes.MODES or chosen.count(mode) > 1:
+            raise UserError(f"--mode {args.mode}: {mode!r} is not a mode, or stands there twice; there are "
+                            f"{', '.join(modes.MODES)}, and all")
+    for mode in modes.MODES.keys() - chosen:
+        for field in fields(modes.MODES[mode].Options):
+            if getattr(args, field.name) is not None:
+                raise UserError(f"{flag(field.name)} belongs to mode {mode}, and this run is "
+                                f"{', '.join(chosen)}: leave it out or change --mode")
+    if args.model and not args.data:
+        raise UserError("--model needs --data FILE_OR_FOLDER: the embedded pairs belong to the embedded base")
+    embedded = {"data": (str(TINY / "pairs"), "embedded")}
+    if not args.model:
+        embedded |= {"model": (str(TINY), "embedded"), "general": (str(TINY / "general.txt"), "embedded")}
+    configs = {}
+    for mode in chosen:
+        measured = {name: (value, f"{mode}'s default") for name, value in modes.MODES[mode].TRAINING.items()}
+        train, origins = resolve(TrainOptions, args, embedded | measured)
+        pairs, data_origins = resolve(DataOptions, args, embedded)
+        own, own_origins = resolve(modes.MODES[mode].Options, args, {})
+        check(train)
+        configs[mode] = Config(mode, train, pairs, own, origins | data_origins | own_origins)
+    return configs
+
+
+def check(options: TrainOptions) -> None:
+    """Refuse numbers that make no sense before anything is loaded."""
+    at_least = {"batch": 1, "accumulate": 1, "steps": 1, "eval_every": 1, "val_rows": 1, "test_rows": 1,
+                "max_new_tokens": 1, "patience": 0, "max_skips": 0, "clip": 0, "weight_decay": 0, "seed": 0}
+    for name, least in at_least.items():
+        if (value := getattr(options, name)) is not None and value < least:
+            raise UserError(f"{flag(name)} {value}: must be at least {least}")
+    if options.lr <= 0 or options.epochs <= 0:
+        raise UserError(f"--lr {options.lr} --epochs {options.epochs}: both must be above 0")
+    if not 0 <= options.warmup_ratio <= 1 or not 0 <= options.model_dropout < 1:
+        raise UserError(f"--warmup-ratio {options.warmup_ratio} --model-dropout {options.model_dropout}: "
+                        "the first lies "
+                        "in 0..1, the second is at least 0 and below 1")
+
+
+def describe(config: Config) -> str:
+    """The configuration as lines of `name = value (origin)`, defaults last and together."""
+    chosen = [f"  {name} = {value}  ({origin})" for name, (value, origin) in config.origins.items()
+              if origin != "default"]
+    defaults = ", ".join(f"{n} {v}" for n, (v, origin) in config.origins.items()
+                         if origin == "default" and v is not None)
+    return "\n".join([f"mode {config.mode}", *chosen, f"  by default: {defaults}"])
+
+
+def save(folder: Path, config: Config) -> None:
+    run.write_json(folder / "config.json", {
+        "mode": config.mode, "train": asdict(config.train), "data": asdict(config.data),
+        "own": asdict(config.own), "origins": config.origins})
+
+
+def load(folder: Path) -> Config:
+    """What `save` wrote. Raises UserError when the folder is not a run's, or the options are not this
+    version's."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        train, own = TrainOptions(**raw["train"]), modes.MODES[raw["mode"]].Options(**raw["own"])
+        return Config(raw["mode"], train, DataOptions(**raw["data"]), own, raw["origins"])
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a run's folder: it has no config.json") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be used: {type(error).__name__}: {error}") from None
+
+

@@ -1,0 +1,49 @@
+"""The loss at the vocabulary, without a tensor of all logits: forward and backward in one pass, in chunks of
+tokens."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 512  # tokens whose logits exist at one time
+
+
+class HeadLoss(torch.autograd.Function):
+    """The sum of -log softmax(h W^T)[target]. A chunk's logits are made once, turned into their own gradient
+    in place (softmax minus one-hot), and used up before the next chunk's: neither is kept for the backward
+    pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        head = weight.to(hidden.dtype)
+        loss = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(targets), CHUNK):
+            h, target = hidden[start : start + CHUNK], targets[start : start + CHUNK, None]
+            logits = h @ head.T  # (chunk, V)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            loss += (normaliser - logits.gather(1, target)).sum()
+            if dhidden is None and dweight is None:
+                continue
+            dlogits = logits.sub_(normaliser).exp_()
+            dlogits.scatter_add_(1, target, torch.full_like(normaliser, -1.0))
+            dlogits = dlogits.to(hidden.dtype)
+            if dhidden is not None:
+                torch.mm(dlogits, head, out=dhidden[start : start + CHUNK])
+            if dweight is not None:
+                dweight += dlogits.T @ h
+        ctx.save_for_backward(dhidden, dweight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if grad is None else grad.mul_(dloss) for grad in ctx.saved_tensors), None
+
+
+def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """hidden (n, C), the head's weight (V, C), targets (n,) -> the summed cross-entropy in nats, fp32, shape
+    ()."""
+    return HeadLoss.apply(hidden, weight, targets)
