@@ -247,8 +247,7 @@ def main(arguments: list[str]) -> None:
         del base
         results = [tune(one, rows, general, before, folders[mode]) for mode, one in asked.items()]
         if several:
-            run.write_json(out / "compare.json", results)
-            print("\n" + compare.table(results))
+            print("\n" + compare.write(out, results))
             return
     print(f"next: python eval.py {out} --prompt TEXT, or the same on your own pairs: "
           f"python train.py --mode {first.mode} --model gpt2 --data YOUR.jsonl")

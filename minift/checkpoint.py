@@ -67,7 +67,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, metadata = safetensors.read(path)
         found = metadata.get("format", "")
         if found.isdigit() and int(found) > FORMAT:
-            raise UserError(f"{path} has format {found}, newer than the {FORMAT} of this version: update minift")
+            raise UserError(f"{path} has format {found}, newer than this version's {FORMAT}: update minift")
         if metadata.pop("sha256", None) != checksum(tensors, metadata):
             raise UserError(f"{path} is damaged: its checksum does not fit what it holds")
     except UserError as error:

@@ -1,7 +1,10 @@
 """Runs side by side: one table, and what it says in plain sentences."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from .run import write_atomically, write_json
 
 COLUMNS = {
     "mode": "mode",
@@ -54,3 +57,41 @@ def table(results: Iterable[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def findings(results: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """What the numbers say, one plain sentence each, under the mode it is about. Quality is ROUGE-L on the
+    test rows, and the test loss where that ties; cost is the number of parameters that train."""
+    said: dict[str, list[str]] = {result["mode"]: [] for result in results}
+    best = max(results, key=lambda r: (r["rougeL"], -r["test_loss"]))
+    said[best["mode"]].append(f"{best['mode']} is the best: ROUGE-L {best['rougeL']:.3f}, test loss "
+                              f"{best['test_loss']:.4f} (base: {best['base_rougeL']:.3f}, "
+                              f"{best['base_test_loss']:.4f}).")
+    near = [r for r in results if r["rougeL"] >= 0.99 * best["rougeL"]]
+    cheap = min(near, key=lambda r: r["trainable_parameters"])
+    said[cheap["mode"]].append(f"{cheap['mode']} is the cheapest within 1 % of the best ROUGE-L: it trains "
+                               f"{cheap['trainable_share']:.2%} of the parameters, and its file takes "
+                               f"{size(cheap['tuned_bytes'])}.")
+    measured = [r for r in results if r["forgetting"] is not None]
+    if measured:
+        least = min(measured, key=lambda r: r["forgetting"])
+        said[least["mode"]].append(f"{least['mode']} forgot the least: {least['forgetting']:+.4f} nats a "
+                                   "token on the general text.")
+    for r in results:
+        if r["test_loss"] >= r["base_test_loss"]:
+            said[r["mode"]].append(f"{r['mode']} did not beat the base: try another --lr or more --steps.")
+        elif r["best_step"] < r["steps"]:
+            said[r["mode"]].append(f"{r['mode']} overfitted: its validation loss was lowest at step "
+                                   f"{r['best_step']} of {r['steps']}, and those parameters were kept.")
+    return said
+
+
+def write(folder: Path, results: list[dict[str, Any]]) -> str:
+    """compare.json, a list of the results with their findings, and compare.md, the same to read; gives the
+    latter's text."""
+    said = findings(results)
+    write_json(folder / "compare.json", [result | {"findings": said[result["mode"]]} for result in results])
+    sentences = [f"- {sentence}" for result in results for sentence in said[result["mode"]]]
+    text = "\n".join([table(results), "", *sentences, ""])
+    write_atomically(folder / "compare.md", text)
+    return text

@@ -87,11 +87,20 @@ def next_free(stem: Path) -> Path:
     return folder
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Atomically, so that a reader never sees half a file."""
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one, never half of it. Raises UserError when it cannot be
+    written."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is still "
+                        "there") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 class MetricsLog:
@@ -101,9 +110,7 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int):
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if line["step"] <= step] if step else []
-        temporary = self.path.with_name("metrics.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:

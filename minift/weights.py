@@ -136,8 +136,8 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged or a hostile file
-        raise UserError(f"{path} cannot be read as a file of plain tensors: "
-                        f"{str(error).splitlines()[0][:200]}") from None
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path} cannot be read as a file of plain tensors: {why}") from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{path} must hold a dictionary of tensors (a state dict)")
     return state
@@ -228,13 +228,13 @@ def save_folder(model: GPT, folder: Path) -> None:
         tensor = state[name].T if CONV1D.fullmatch(name) else state[name]
         tensors[f"transformer.{name}"] = tensor.float().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "tie_word_embeddings": True}
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
     if model.folder is not None:
         config |= read_json(model.folder / "config.json")
         for file in (*TOKENIZER_FILES, *OTHER_FILES):
             if (model.folder / file).is_file():
                 shutil.copyfile(model.folder / file, folder / file)
-    config |= asdict(model.config) | {"dtype": "float32"}
+    config |= asdict(model.config) | {"dtype": "float32", "tie_word_embeddings": True}
     config.pop("torch_dtype", None)  # the older name of dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if not any((folder / file).is_file() for file in TOKENIZER_FILES) and model.tokenizer is not None:
