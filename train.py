@@ -56,7 +56,8 @@ def steps_from(examples: list[Example], options: TrainOptions, first: int) -> It
     per_epoch = math.ceil(math.ceil(len(examples) / options.batch) / options.accumulate)
     epoch, skipped = divmod(first, per_epoch)
     while True:
-        batches = data.batches(examples, options.batch, options.seed, epoch)
+        batches = (data.file_batches(examples, options.batch) if options.order == "file" else
+                   data.batches(examples, options.batch, options.seed, epoch))
         for i in range(skipped * options.accumulate, len(batches), options.accumulate):
             yield batches[i : i + options.accumulate]
         epoch, skipped = epoch + 1, 0
@@ -187,7 +188,7 @@ def tune(asked: Config, rows: dict[str, list[Example]], general: str | None, bef
     model = weights.load(options.model)
     total = sum(p.numel() for p in model.parameters())
     modes.apply(model, mode, asked.own)
-    model.dropout = options.model_dropout
+    model.dropout, model.checkpoint = options.model_dropout, options.checkpoint
     model.set_compute_dtype(choose_dtype(options.dtype, device))
     model.to(device)
     trainable = sum(p.numel() for p in modes.tuned_parameters(model).values())

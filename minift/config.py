@@ -31,6 +31,10 @@ class TrainOptions:
     weight_decay: float | None = option(None, "decay of matrices; biases, norms and soft prompts have none "
                                               "(default: "
                                               "the mode's)")
+    order: str = option("length", "length: random batches of rows of like length; file: as they stand",
+                        ("length", "file"))
+    checkpoint: bool = option(False, "keep only each block's input for the backward pass, and compute the "
+                                     "rest again there: a third more time, far less memory")
     schedule: str = option("cosine", "the learning rate after warm-up", ("cosine", "linear", "constant"))
     warmup_ratio: float = option(0.06, "share of the steps in which the learning rate rises from 0")
     clip: float = option(1.0, "largest norm of the whole gradient; 0 leaves it alone")

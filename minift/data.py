@@ -208,6 +208,11 @@ def length_report(name: str, pairs: list[Pair], examples: list[Example], cut: in
     return line
 
 
+def file_batches(examples: list[Example], batch_size: int) -> list[list[Example]]:
+    """The rows in their file's order, for comparisons with other code on the same batches."""
+    return [examples[at : at + batch_size] for at in range(0, len(examples), batch_size)]
+
+
 def batches(examples: list[Example], batch_size: int, seed: int, epoch: int) -> list[list[Example]]:
     """One epoch: every example once, in random batches of like length, the same for the same seed and epoch.
 

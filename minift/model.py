@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .errors import UserError
 from .loss import head_loss
@@ -207,6 +208,7 @@ class GPT(nn.Module):
 
     `prompt` is the place where a soft prompt goes: a module whose `weight` is (P, C), put before every row.
     `dropout` is GPT-2's embedding, attention and residual dropout while training; 0 until somebody sets it.
+    `checkpoint` trades time for memory: a block's activations are computed again in the backward pass.
     `compute_dtype` is what activations are made in; see `set_compute_dtype`. `tokenizer`, `folder` and
     `fingerprint` say where the weights came from; weights.load sets them.
     """
@@ -219,7 +221,7 @@ class GPT(nn.Module):
         self.prompt: nn.Module | None = None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.dropout = 0.0
+        self.dropout, self.checkpoint = 0.0, False
         self.compute_dtype = torch.float32
         self.tokenizer: Tokenizer | None = None
         self.folder: Path | None = None
@@ -278,7 +280,10 @@ class GPT(nn.Module):
         dropout = self.dropout if self.training else 0.0
         x = F.dropout(x.to(self.compute_dtype), dropout)
         for block in self.h:
-            x = block(x, dropout, cache, positions)
+            if self.checkpoint and self.training:
+                x = checkpoint(block, x, dropout, cache, positions, use_reentrant=False)
+            else:
+                x = block(x, dropout, cache, positions)
         return self.ln_f(x[:, P:])
 
     def logits(self, hidden: Tensor) -> Tensor:

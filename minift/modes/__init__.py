@@ -31,6 +31,7 @@ def apply(model: GPT, mode: str, options: Any) -> None:
     honoured."""
     model.requires_grad_(False)
     MODES[mode].apply(model, options)
+    model.train(model.training)  # what was injected, dropout too, trains or rests with the model
 
 
 def tuned_parameters(model: GPT) -> dict[str, torch.nn.Parameter]:

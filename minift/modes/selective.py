@@ -63,7 +63,7 @@ def group_parameters(model: GPT, group: str) -> Iterable[nn.Parameter]:
 def block_range(kind: str, argument: str, n_layer: int) -> slice:
     """`top:2`, `bottom:1` or `blocks:4-7` (both ends included, counted from 0) as a slice of the blocks."""
     first, dash, last = argument.partition("-")
-    if not first.isdigit() or (dash and not last.isdigit()) or (dash and kind != "blocks"):
+    if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and kind != "blocks"):
         raise UserError(f"--train: {kind}:{argument} is not understood; write top:2, bottom:1 or blocks:4-7")
     if kind == "blocks":
         begin, end = int(first), int(last or first) + 1
