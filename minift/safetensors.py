@@ -1,8 +1,8 @@
 """The safetensors format by hand: 8 bytes of header length (little-endian), a JSON header, the tensors.
 
 Format: https://github.com/huggingface/safetensors. The reader takes nothing on trust: every length, type and
-range is checked against the file's size before a tensor is made. The tensors are memory-mapped: they cost
-neither time nor memory until they are used.
+range is checked against the file's size before a tensor is made. The tensors are memory-mapped, each on its
+own: they cost neither time nor memory until they are used.
 
 Stricter than the safetensors package, which accepts these: white space before the header, a name given twice,
 keys beside dtype, shape and data_offsets, an entry that is a list, a null `__metadata__`, an empty tensor
@@ -40,8 +40,8 @@ class _Entry(NamedTuple):
 def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file by name, in the order of their bytes, and its `__metadata__`.
 
-    The tensors share one private mapping that lives as long as they do: a change in place never reaches the
-    file. Only BOOL and unaligned tensors are copied. UserError: no such file, or any flaw in it.
+    A change in place never reaches the file. Only BOOL and unaligned tensors are copied. UserError: no such
+    file, or any flaw in it.
     """
     path = Path(path)
     try:
@@ -53,12 +53,11 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             data_begin = file.tell()
             metadata = _check_metadata(header.pop("__metadata__", {}))
             entries = _check_layout(header, size - data_begin)
-            mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+            return {entry.name: _tensor(file, data_begin + entry.begin, entry) for entry in entries}, metadata
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise UserError(f"{path}: not a sound safetensors file: {error}; fetch or save it again") from None
-    return {entry.name: _tensor(mapping, data_begin, entry) for entry in entries}, metadata
 
 
 def _read_header(file: BinaryIO, size: int) -> dict[str, Any]:
@@ -157,11 +156,14 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)  # isinstance takes a bool
 
 
-def _tensor(mapping: mmap.mmap, data_begin: int, entry: _Entry) -> torch.Tensor:
+def _tensor(file: BinaryIO, begin: int, entry: _Entry) -> torch.Tensor:
+    """Mapped on its own, so that its pages leave memory with the tensor and not with the last of the file."""
     if entry.begin == entry.end:
-        return torch.empty(entry.shape, dtype=entry.dtype)  # frombuffer refuses a count of 0
-    begin = data_begin + entry.begin
-    raw = torch.frombuffer(mapping, dtype=torch.uint8, count=entry.end - entry.begin, offset=begin)
+        return torch.empty(entry.shape, dtype=entry.dtype)  # an empty range cannot be mapped
+    skipped = begin % mmap.ALLOCATIONGRANULARITY  # where a mapping may begin
+    count = entry.end - entry.begin
+    mapping = mmap.mmap(file.fileno(), skipped + count, access=mmap.ACCESS_COPY, offset=begin - skipped)
+    raw = torch.frombuffer(mapping, dtype=torch.uint8, count=count, offset=skipped)
     if entry.dtype is torch.bool:
         return (raw != 0).view(entry.shape)  # a byte other than 0 and 1 is undefined as a bool
     if begin % entry.dtype.itemsize:
