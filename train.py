@@ -9,6 +9,7 @@ a mode (minift/modes/) decides what is injected and what trains, and whatever tr
 gets and a run saves.
 """
 
+import itertools
 import math
 import sys
 import time
@@ -20,13 +21,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from minift import checkpoint, compare, config, data, metrics, modes, run, weights
+from minift import checkpoint, compare, config, data, metrics, modes, plan, run, weights
 from minift.checkpoint import Progress
 from minift.config import Config, TrainOptions
 from minift.data import Example
 from minift.errors import UserError, run_script
-from minift.machine import choose_device, choose_dtype, peak_memory, reset_peak_memory
+from minift.machine import choose_device, choose_dtype, peak_memory, reset_peak_memory, resident_memory
 from minift.model import GPT
+
+
+def prepare(model: GPT, asked: Config) -> None:
+    """Turn the untouched base into the model that a run trains."""
+    modes.apply(model, asked.mode, asked.own)
+    model.dropout, model.checkpoint = asked.train.model_dropout, asked.train.checkpoint
+    model.set_compute_dtype(choose_dtype(asked.train.dtype, choose_device(asked.train.device)))
 
 
 def make_optimizer(model: GPT, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -70,6 +78,13 @@ def total_steps(examples: list[Example], options: TrainOptions) -> int:
     return max(1, round(options.epochs * per_epoch))
 
 
+def widest_batch(examples: list[Example], options: TrainOptions) -> list[Example]:
+    """The batch with the most positions in a whole run: it decides the run's peak of memory."""
+    steps = itertools.islice(steps_from(examples, options, 0), total_steps(examples, options))
+    return max((batch for step in steps for batch in step),
+               key=lambda batch: len(batch) * max(len(e.ids) for e in batch))
+
+
 def train_step(model: GPT, micro_batches: list[list[Example]], clip: float) -> tuple[float, float]:
     """Gradients of one optimizer step; gives the loss in nats a target token and the gradient's norm before
     clipping. The loss is the sum over the target tokens of all micro-batches divided by their number, so 1 x
@@ -109,7 +124,11 @@ def validate(model: GPT, val: list[Example], options: TrainOptions, folder: Path
              progress: Progress) -> float:
     """The validation loss; keeps the parameters if it is the best so far, and decides on early stopping."""
     val_loss = metrics.measure_losses(model, val, options.batch).loss
-    progress.train_loss = progress.window_loss / max(1, progress.window_steps)
+    if not math.isfinite(val_loss):
+        raise UserError(f"step {progress.step}: the validation loss is {val_loss}; what {folder} holds is from "
+                        "before and intact: lower --lr")
+    if progress.window_steps:
+        progress.train_loss = progress.window_loss / progress.window_steps
     progress.window_loss, progress.window_steps = 0.0, 0
     progress.stale += 1
     if val_loss < progress.best_val_loss:
@@ -119,15 +138,30 @@ def validate(model: GPT, val: list[Example], options: TrainOptions, folder: Path
     return val_loss
 
 
+def begin(model: GPT, options: TrainOptions, val: list[Example], folder: Path, belongs: dict[str, str],
+          optimizer: torch.optim.Optimizer) -> Progress:
+    """A new run, saved before its first step, or the one to resume, as it was last saved."""
+    if not options.resume or not (folder / "metrics.jsonl").exists():  # it ended before its first save
+        checkpoint.save_last(folder, model, belongs, optimizer, Progress())
+        return Progress()
+    progress = checkpoint.load_last(folder, model, belongs, optimizer)
+    if progress.best_step and not checkpoint.best_is_whole(folder, belongs):
+        print(f"{folder / checkpoint.TUNED} is missing or damaged: the best parameters, of step "
+              f"{progress.best_step}, are lost, and those of step {progress.step} take their place")
+        progress.best_val_loss = math.inf
+        validate(model, val, options, folder, belongs, progress)
+    return progress
+
+
 def train(model: GPT, asked: Config, rows: dict[str, list[Example]], folder: Path) -> Progress:
     """The loop. Leaves the model with its best parameters, which are also in the run's tuned.safetensors."""
     mode, options = asked.mode, asked.train
     steps = total_steps(rows["train"], options)
     eval_every = options.eval_every or max(1, steps // 10)
     optimizer = make_optimizer(model, options.lr, options.weight_decay)
-    belongs = checkpoint.identity(model, mode, asked.own, options.model)
+    belongs = checkpoint.identity(model, mode, asked.own, options.model) | checkpoint.course(options, rows)
     start_sum = checkpoint.checksum(modes.tuned_parameters(model), {})
-    progress = checkpoint.load_last(folder, model, belongs, optimizer) if options.resume else Progress()
+    progress = begin(model, options, rows["val"], folder, belongs, optimizer)
     log = run.MetricsLog(folder, progress.step)
     bar = tqdm(total=steps, initial=progress.step, desc=mode, unit="step", file=sys.stdout,
                disable=not sys.stdout.isatty())
@@ -165,8 +199,8 @@ def train(model: GPT, asked: Config, rows: dict[str, list[Example]], folder: Pat
             if validated or signals.received:
                 checkpoint.save_last(folder, model, belongs, optimizer, progress)
             if signals.received:
-                print(f"stopped after step {progress.step}; python train.py --resume {folder} goes on from "
-                      "there")
+                whole = folder if options.mode == mode else folder.parent  # a comparison goes on as one
+                print(f"stopped after step {progress.step}; python train.py --resume {whole} goes on from there")
                 sys.exit(128 + signals.received)
     if progress.stopped:
         print(f"{mode}: stopped early, {options.patience} validations without a better loss")
@@ -178,18 +212,20 @@ def train(model: GPT, asked: Config, rows: dict[str, list[Example]], folder: Pat
     return progress
 
 
-def tune(asked: Config, rows: dict[str, list[Example]], general: str | None, before: dict[str, Any],
-         folder: Path) -> dict[str, Any]:
-    """One run, from the untouched base to result.json; `before` are the base's scores on the same rows."""
+def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str | None,
+         before: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One run, from the untouched base to result.json; `before` are the base's scores on the same rows, and
+    `shape` is the base on the meta device."""
     mode, options = asked.mode, asked.train
     began, device = time.perf_counter(), choose_device(options.device)
+    batch = widest_batch(rows["train"], options)
+    planned = plan.predict(asked, shape, batch, prepare, make_optimizer, train_step)
     reset_peak_memory(device)
+    resident = resident_memory(device)
     torch.manual_seed(options.seed)
     model = weights.load(options.model)
     total = sum(p.numel() for p in model.parameters())
-    modes.apply(model, mode, asked.own)
-    model.dropout, model.checkpoint = options.model_dropout, options.checkpoint
-    model.set_compute_dtype(choose_dtype(options.dtype, device))
+    prepare(model, asked)
     model.to(device)
     trainable = sum(p.numel() for p in modes.tuned_parameters(model).values())
     print(f"\n{mode}: {trainable:,} parameters train, {trainable / total:.2%} of the base's {total:,}")
@@ -206,20 +242,42 @@ def tune(asked: Config, rows: dict[str, list[Example]], general: str | None, bef
         "base_test_loss": before["loss"], "base_rougeL": before["rougeL"],
         "forgetting": after["general_loss"] - before["general_loss"] if general else None,
         "tuned_bytes": (folder / checkpoint.TUNED).stat().st_size, "peak_memory_bytes": peak,
+        "predicted_peak_bytes": resident + planned["predicted_peak_bytes"],
         "tokens_per_second": progress.tokens / progress.seconds, "seconds": time.perf_counter() - began}
     run.write_json(folder / "result.json", result)
     for example, old, new in zip(rows["test"][:3], before["completions"], after["completions"], strict=False):
         print(f"\n  {example.pair.where}   {example.pair.completion!r}\n  base   {old!r}\n  tuned  {new!r}")
     print(f"\n{mode}: test loss {before['loss']:.4f} -> {after['loss']:.4f}, ROUGE-L {before['rougeL']:.3f} "
           "-> "
-          f"{after['rougeL']:.3f}, {compare.size(result['tuned_bytes'])} in {folder / checkpoint.TUNED}")
+          f"{after['rougeL']:.3f}, {compare.size(result['tuned_bytes'])} in {folder / checkpoint.TUNED}, "
+          f"peak memory {compare.cell('peak_memory_bytes', peak)}, predicted "
+          f"{compare.size(result['predicted_peak_bytes'])}")
     return result
+
+
+def check_modes(asked: dict[str, Config], base: GPT) -> None:
+    """Refuse what a mode cannot do with this base before anything is scored or written."""
+    for mode, one in asked.items():
+        trial = weights.blank(base.folder)
+        try:
+            prepare(trial, one)
+        except RuntimeError as error:  # even without memory, a tensor can be too large
+            raise UserError(f"--mode {mode} cannot be applied to {base.folder} with these options: {error}") from None
+        if not modes.tuned_parameters(trial):
+            raise UserError(f"--mode {mode} leaves nothing to train in {base.folder} with these options")
+        room = trial.config.n_positions - trial.prompt_tokens
+        if one.train.max_new_tokens >= room:
+            raise UserError(f"--max-new-tokens {one.train.max_new_tokens} leaves no room for a prompt in the {room} "
+                            "positions of the model: lower it")
 
 
 def main(arguments: list[str]) -> None:
     asked = config.parse(arguments, __doc__)  # one configuration for each mode
     first = next(iter(asked.values()))
     options, several = first.train, len(asked) > 1
+    if options.plan:
+        print(plan.report(asked, prepare, make_optimizer, train_step, widest_batch))
+        return
     device = choose_device(options.device)
     base = weights.load(options.model)
     base.requires_grad_(False)
@@ -227,6 +285,7 @@ def main(arguments: list[str]) -> None:
     base.to(device)
     print(f"base {base.folder}: {sum(p.numel() for p in base.parameters()):,} parameters, on {device} in "
           f"{str(base.compute_dtype).removeprefix('torch.')}")
+    check_modes(asked, base)
     room = base.config.n_positions - max(one.prompt_tokens for one in asked.values())
     limits = {"train": None, "val": options.val_rows, "test": options.test_rows}
     rows, lines = data.load_examples(first.data, options.seed, base, room, limits)
@@ -236,17 +295,25 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"{first.data.data}: there are no {name} rows: give every split a share in "
                             "--split")
     general = data.read_text(options.general) if options.general else None
+    if general is not None and len(data.tokenize(base.tokenizer, [general[:1000]])[0]) < 2:
+        raise UserError(f"--general {options.general} holds fewer than two tokens: there is nothing to score")
 
     out = Path(options.out) if options.out else run.next_free(Path("runs") / options.mode.replace(",", "-"))
     folders = {mode: out / mode if several else out for mode in asked}
     with run.open_folder(out, options.overwrite, resume=options.resume is not None):
+        if several and not options.resume:
+            run.write_json(out / "compare.json", [{"mode": mode} for mode in asked])  # what --resume goes by
         for mode, one in asked.items():
-            folders[mode].mkdir(exist_ok=True)
-            config.save(folders[mode], one)
             print(config.describe(one))
+            if not options.resume:
+                folders[mode].mkdir(exist_ok=True)
+                config.save(folders[mode], one)
         before = metrics.score(base, rows["test"], options.batch, options.max_new_tokens, general)
+        shape = weights.blank(base.folder)
         del base
-        results = [tune(one, rows, general, before, folders[mode]) for mode, one in asked.items()]
+        done = {mode: checkpoint.finished(folders[mode]) if several and options.resume else None for mode in asked}
+        results = [done[mode] or tune(one, shape, rows, general, before, folders[mode])
+                   for mode, one in asked.items()]
         if several:
             print("\n" + compare.write(out, results))
             return

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from . import modes, safetensors
+from .data import Example
 from .errors import UserError
 from .model import GPT
+from .options import from_json
 
 FORMAT = 1
 TUNED, LAST = "tuned.safetensors", "last.safetensors"
+FREE = ("mode", "model", "out", "overwrite", "resume", "device", "general")  # options no result depends on
 
 
 @dataclass
@@ -55,7 +58,11 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
     """Atomically: until the new file is whole and on the disk, the old one stays."""
     metadata = metadata | {"format": str(FORMAT)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.write(path, tensors, metadata | {"sha256": checksum(tensors, metadata)})
+    try:
+        safetensors.write(path, tensors, metadata | {"sha256": checksum(tensors, metadata)})
+    except UserError as error:
+        safe = f"train.py --resume {path.parent} goes on" if path.with_name(LAST).exists() else "start again"
+        raise UserError(f"{error}; make room or leave to write there, then {safe}") from None
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -66,13 +73,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise UserError(f"{path} is missing")
         tensors, metadata = safetensors.read(path)
         found = metadata.get("format", "")
-        if found.isdigit() and int(found) > FORMAT:
+        if found.isdecimal() and len(found) < 10 and int(found) > FORMAT:
             raise UserError(f"{path} has format {found}, newer than this version's {FORMAT}: update minift")
         if metadata.pop("sha256", None) != checksum(tensors, metadata):
             raise UserError(f"{path} is damaged: its checksum does not fit what it holds")
     except UserError as error:
         other = path.with_name(LAST if path.name == TUNED else TUNED)
-        use = "--resume goes on from it" if other.name == LAST else "eval.py can use it"
+        use = "train.py --resume goes on from it" if other.name == LAST else "eval.py can use it"
         raise UserError(f"{error}" + (f" ({other.name} beside it is there: {use})" if other.is_file() else "")
                         ) from None
     return tensors, metadata
@@ -84,11 +91,63 @@ def identity(model: GPT, mode: str, options: Any, base: str) -> dict[str, str]:
             "fingerprint": str(model.fingerprint)}
 
 
-def check_base(metadata: dict[str, str], model: GPT, base: str, path: Path) -> None:
-    if metadata["fingerprint"] != model.fingerprint:
+def course(options: Any, rows: dict[str, list[Example]]) -> dict[str, str]:
+    """What a run must share with its beginning to be bit-identical: the training options and the rows."""
+    chosen = {name: value for name, value in asdict(options).items() if name not in FREE}
+    digest = hashlib.sha256()
+    for name in ("train", "val"):
+        for example in rows[name]:
+            digest.update(f"{name} {example.n_prompt} {example.ids};".encode())
+    return {"training": json.dumps(chosen), "rows": digest.hexdigest()}
+
+
+def check(metadata: dict[str, str], belongs: dict[str, str], path: Path) -> None:
+    """Raises UserError, with the difference, unless a file belongs where it is about to be used. `belongs` has
+    base and fingerprint, and of the rest what must agree."""
+    missing = {"mode", "options", "base", "fingerprint", *belongs} - metadata.keys()
+    if missing:
+        raise UserError(f"{path} is not a run's: its metadata has no {', '.join(sorted(missing))}")
+    if metadata["fingerprint"] != belongs["fingerprint"]:
         raise UserError(f"{path} was tuned on the base {metadata['base']} (fingerprint "
-                        f"{metadata['fingerprint']}), and {base} is another one ({model.fingerprint}): pass "
-                        "the right --model")
+                        f"{metadata['fingerprint']}), and {belongs['base']} is another one "
+                        f"({belongs['fingerprint']}): pass the right --model")
+    there, here = settings(metadata, path), settings(metadata | belongs, path)
+    differ = [f"{name} {there.get(name)} and not {here.get(name)}" for name in there | here
+              if there.get(name) != here.get(name)]
+    if differ:
+        raise UserError(f"{path} was made with other options than config.json has: {', '.join(differ)}; a run "
+                        "goes on with the options it was started with")
+    if metadata.get("rows") != belongs.get("rows", metadata.get("rows")):
+        raise UserError(f"{path} was made on other training or validation rows than there are now: a run goes on "
+                        "with the rows it was started with")
+
+
+def settings(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    """Mode, its options, and the training options if they are there, by name."""
+    try:
+        return {"mode": metadata["mode"], **json.loads(metadata["options"]),
+                **json.loads(metadata.get("training", "{}"))}
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path} is not a run's: the options in its metadata cannot be read") from None
+
+
+def best_is_whole(folder: Path, belongs: dict[str, str]) -> bool:
+    """False when the best parameters so far are missing or damaged; UserError when they are another run's."""
+    try:
+        metadata = read(folder / TUNED)[1]
+    except UserError:
+        return False
+    check(metadata, belongs, folder / TUNED)
+    return True
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """What result.json holds, if the run ended and its tuned file is still whole."""
+    try:
+        read(folder / TUNED)
+        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (UserError, OSError, ValueError):
+        return None
 
 
 def save_tuned(folder: Path, model: GPT, belongs: dict[str, str], progress: Progress) -> None:
@@ -97,18 +156,19 @@ def save_tuned(folder: Path, model: GPT, belongs: dict[str, str], progress: Prog
           belongs | {"step": str(progress.step), "val_loss": str(progress.best_val_loss)})
 
 
-def load_tuned(folder: Path, model: GPT, base: str) -> str:
+def load_tuned(folder: Path, model: GPT, base: str, expected: dict[str, str] | None = None) -> str:
     """Apply the run's mode to the untouched base `model` and load what was tuned; gives the mode's name.
+    `expected` comes from `identity`, with the mode and options that config.json has.
 
     Raises UserError when the file is damaged, belongs to another base, or does not fit.
     """
     path = folder / TUNED
     tensors, metadata = read(path)
-    check_base(metadata, model, base, path)
+    check(metadata, expected or {"base": base, "fingerprint": str(model.fingerprint)}, path)
     mode = metadata["mode"]
     if mode not in modes.MODES:
         raise UserError(f"{path} was made in mode {mode!r}; known here: {', '.join(modes.MODES)}")
-    modes.apply(model, mode, modes.MODES[mode].Options(**json.loads(metadata["options"])))
+    modes.apply(model, mode, from_json(modes.MODES[mode].Options, json.loads(metadata["options"]), str(path)))
     model.set_compute_dtype(model.compute_dtype)  # what is tuned goes back to fp32 before it is filled
     modes.load_tuned(model, tensors, str(path))
     return mode
@@ -121,7 +181,11 @@ def load_best(folder: Path, model: GPT) -> None:
 
 def save_last(folder: Path, model: GPT, belongs: dict[str, str], optimizer: torch.optim.Optimizer,
               progress: Progress) -> None:
-    """Everything needed to go on as if nothing had happened."""
+    """Everything needed to go on as if nothing had happened. UserError: the parameters are not finite."""
+    broken = [name for name, p in modes.tuned_parameters(model).items() if not p.isfinite().all()]
+    if broken:
+        raise UserError(f"step {progress.step}: {broken[0]} is no longer finite; {folder / LAST} is kept as it was "
+                        "before: lower --lr")
     tensors = {"random.cpu": torch.get_rng_state()}
     if model.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(model.device)
@@ -138,11 +202,7 @@ def load_last(folder: Path, model: GPT, belongs: dict[str, str],
     file was made with other options or on another base."""
     path = folder / LAST
     tensors, metadata = read(path)
-    check_base(metadata, model, belongs["base"], path)
-    for key in ("mode", "options"):
-        if metadata[key] != belongs[key]:
-            raise UserError(f"{path} was made with {key} {metadata[key]}, and config.json says "
-                            f"{belongs[key]}: a run goes on with the options it was started with")
+    check(metadata, belongs, path)
     saved = {name.removeprefix("tuned."): t for name, t in tensors.items() if name.startswith("tuned.")}
     modes.load_tuned(model, saved, str(path))
     tuned = modes.tuned_parameters(model)
@@ -155,4 +215,4 @@ def load_last(folder: Path, model: GPT, belongs: dict[str, str],
     torch.set_rng_state(tensors["random.cpu"].clone())
     if "random.cuda" in tensors and model.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"].clone(), model.device)
-    return Progress(**json.loads(metadata["progress"]))
+    return from_json(Progress, json.loads(metadata["progress"]), str(path))

@@ -12,6 +12,7 @@ COLUMNS = {
     "trainable_parameters": "trainable",
     "trainable_share": "share",
     "peak_memory_bytes": "peak memory",
+    "predicted_peak_bytes": "predicted",
     "tokens_per_second": "tokens/s",
     "best_val_loss": "val loss",
     "test_loss": "test loss",
@@ -24,8 +25,8 @@ COLUMNS = {
 
 def size(count: float) -> str:
     """Bytes for people: 1,048,576 is 1.0 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
@@ -40,6 +41,8 @@ def cell(column: str, value: Any) -> str:
         return f"{value:.2%}"
     if column in ("trainable_parameters", "tokens_per_second"):
         return f"{value:,.0f}"
+    if column == "flops_per_token":
+        return f"{value:.2e}"
     if column == "forgetting":
         return f"{value:+.4f}"
     if column == "learning_rate":
@@ -47,9 +50,9 @@ def cell(column: str, value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def table(results: Iterable[dict[str, Any]]) -> str:
-    """A Markdown table, aligned to be read as plain text too."""
-    rows = [list(COLUMNS.values()), *([cell(c, result.get(c)) for c in COLUMNS] for result in results)]
+def table(results: Iterable[dict[str, Any]], columns: dict[str, str] = COLUMNS) -> str:
+    """A Markdown table, aligned to be read as plain text too. `columns` maps a result's names to headings."""
+    rows = [list(columns.values()), *([cell(c, result.get(c)) for c in columns] for result in results)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

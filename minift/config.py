@@ -9,7 +9,7 @@ from . import modes, run
 from .data import DataOptions
 from .errors import UserError
 from .machine import DEVICES, DTYPES
-from .options import Parser, add_options, flag, option, resolve
+from .options import Parser, add_options, flag, from_json, option, resolve
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"  # the embedded base, its pairs and its general text
 
@@ -22,6 +22,8 @@ class TrainOptions:
                                      "Hub (default: the embedded base)")
     out: str | None = option(None, "folder of the run (default: runs/MODE-1, runs/MODE-2, ...)")
     overwrite: bool = option(False, "replace the run that is in --out")
+    plan: bool = option(False, "print what each mode would cost and run nothing: needs no weights and no "
+                               "network, and --model may also be gpt3-175b")
     epochs: float = option(3.0, "passes over the training rows")
     steps: int | None = option(None, "optimizer steps, instead of --epochs")
     batch: int = option(16, "rows in a forward pass")
@@ -86,11 +88,11 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
         if others:
             raise UserError("--resume goes on with the options that the run was started with: leave out "
                             f"{flag(others[0])}")
-        config = load(Path(args.resume))
-        resumed = replace(config.train, resume=args.resume, out=args.resume)
-        return {config.mode: replace(config, train=resumed)}
+        return {one.mode: replace(one, train=replace(one.train, resume=args.resume, out=args.resume))
+                for one in load_all(Path(args.resume))}
 
-    chosen = list(modes.MODES) if args.mode == "all" else (args.mode or TrainOptions.mode).split(",")
+    asked = args.mode or ("all" if args.plan else TrainOptions.mode)
+    chosen = list(modes.MODES) if asked == "all" else asked.split(",")
     for mode in chosen:
         if mode not in modes.MODES or chosen.count(mode) > 1:
             raise UserError(f"--mode {args.mode}: {mode!r} is not a mode, or stands there twice; there are "
@@ -100,7 +102,7 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
             if getattr(args, field.name) is not None:
                 raise UserError(f"{flag(field.name)} belongs to mode {mode}, and this run is "
                                 f"{', '.join(chosen)}: leave it out or change --mode")
-    if args.model and not args.data:
+    if args.model and not args.data and not args.plan:
         raise UserError("--model needs --data FILE_OR_FOLDER: the embedded pairs belong to the embedded base")
     embedded = {"data": (str(TINY / "pairs"), "embedded")}
     if not args.model:
@@ -123,8 +125,9 @@ def check(options: TrainOptions) -> None:
     for name, least in at_least.items():
         if (value := getattr(options, name)) is not None and value < least:
             raise UserError(f"{flag(name)} {value}: must be at least {least}")
-    if options.lr <= 0 or options.epochs <= 0:
-        raise UserError(f"--lr {options.lr} --epochs {options.epochs}: both must be above 0")
+    if options.lr <= 0 or not 0 < options.epochs <= 1e6:
+        raise UserError(f"--lr {options.lr} --epochs {options.epochs}: both must be above 0, and --epochs at "
+                        "most 1,000,000")
     if not 0 <= options.warmup_ratio <= 1 or not 0 <= options.model_dropout < 1:
         raise UserError(f"--warmup-ratio {options.warmup_ratio} --model-dropout {options.model_dropout}: "
                         "the first lies "
@@ -152,11 +155,32 @@ def load(folder: Path) -> Config:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        train, own = TrainOptions(**raw["train"]), modes.MODES[raw["mode"]].Options(**raw["own"])
-        return Config(raw["mode"], train, DataOptions(**raw["data"]), own, raw["origins"])
+        train = from_json(TrainOptions, raw["train"], str(path))
+        own = from_json(modes.MODES[raw["mode"]].Options, raw["own"], str(path))
+        origins = {name: (value, origin) for name, (value, origin) in raw["origins"].items()}
+        if None in (train.model, train.lr, train.weight_decay):
+            raise ValueError("model, lr and weight_decay must not be null")
+        check(train)
+        return Config(raw["mode"], train, from_json(DataOptions, raw["data"], str(path)), own, origins)
     except FileNotFoundError:
         raise UserError(f"{folder} is not a run's folder: it has no config.json") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be used: {type(error).__name__}: {error}") from None
+
+
+def load_all(folder: Path) -> list[Config]:
+    """The run of a folder, or all runs of a comparison, whose compare.json names their modes from its
+    beginning. Raises UserError."""
+    path = folder / "compare.json"
+    if not path.is_file():
+        one = load(folder)
+        if one.mode != one.train.mode and (folder.parent / path.name).is_file():
+            raise UserError(f"{folder} is part of a comparison: --resume {folder.parent} goes on with all of it")
+        return [one]
+    try:
+        chosen = [result["mode"] for result in json.loads(path.read_text(encoding="utf-8"))]
+        return [load(folder / mode) for mode in chosen if mode in modes.MODES]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be used: {type(error).__name__}: {error}") from None
 
 

@@ -267,5 +267,5 @@ def read_text(path: str | Path) -> str:
     """A text file in UTF-8. Raises UserError."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None

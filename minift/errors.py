@@ -1,6 +1,9 @@
 """The one exception that stands for a mistake of the person at the keyboard, and how a script ends on it."""
 
+import io
+import re
 import sys
+import traceback
 from collections.abc import Callable
 
 
@@ -8,14 +11,32 @@ class UserError(Exception):
     """What is wrong, where, and what to do about it, in one line. Everything else that is raised is a bug."""
 
 
+def out_of_memory(error: Exception) -> bool:
+    """MemoryError, or torch's: a class of its own for a GPU's memory, a RuntimeError for the CPU's."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run `main(arguments)`; a UserError becomes one line on stderr and exit code 2 (`--debug` shows the
-    traceback)."""
+    """Run `main(arguments)`. A UserError, or too little memory, becomes one line on stderr and exit code 2
+    (`--debug` shows the traceback); Ctrl-C exits with 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # its encoding may lack a character of someone's data
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     try:
+        if re.search("[\ud800-\udfff]", " ".join(arguments)):  # how Python passes on other bytes
+            raise UserError("the command line is not valid UTF-8: type it again in UTF-8")
         main(arguments)
-    except UserError as error:
-        if "--debug" in arguments:
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not isinstance(error, UserError) and not out_of_memory(error):
             raise
-        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+        if "--debug" in arguments:
+            traceback.print_exc()
+        remedy = "" if isinstance(error, UserError) else "out of memory, lower --batch or --max-length: "
+        line = "".join(c if c.isprintable() else " " for c in remedy + str(error))
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

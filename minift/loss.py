@@ -24,12 +24,14 @@ class HeadLoss(torch.autograd.Function):
             h, target = hidden[start : start + CHUNK], targets[start : start + CHUNK, None]
             logits = h @ head.T  # (chunk, V)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            loss += (normaliser - logits.gather(1, target)).sum()
+            logits -= logits.amax(-1, keepdim=True)
+            loss -= logits.gather(1, target).sum()
+            total = logits.exp_().sum(-1, keepdim=True)  # in place: logsumexp would make another (chunk, V)
+            loss += total.log().sum()
             if dhidden is None and dweight is None:
                 continue
-            dlogits = logits.sub_(normaliser).exp_()
-            dlogits.scatter_add_(1, target, torch.full_like(normaliser, -1.0))
+            dlogits = logits.div_(total)
+            dlogits.scatter_add_(1, target, torch.full_like(total, -1.0))
             dlogits = dlogits.to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(dlogits, head, out=dhidden[start : start + CHUNK])
@@ -46,4 +48,6 @@ class HeadLoss(torch.autograd.Function):
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """hidden (n, C), the head's weight (V, C), targets (n,) -> the summed cross-entropy in nats, fp32, shape
     ()."""
+    if not torch.is_grad_enabled():  # a Function sees requires_grad, and would make gradients for nobody
+        hidden, weight = hidden.detach(), weight.detach()
     return HeadLoss.apply(hidden, weight, targets)

@@ -56,14 +56,28 @@ def reset_peak_memory(device: torch.device) -> None:
             pass
 
 
+def resident_memory(device: torch.device) -> int:
+    """Bytes in use now, which a run's own come on top of: 0 where nobody tells (Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if os.path.exists("/proc/self/status"):
+        return process_status("VmRSS")
+    return peak_memory(device) or 0  # macOS tells the peak alone
+
+
+def process_status(field: str) -> int:
+    """Bytes that Linux gives for a field of this process's status."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
 def peak_memory(device: torch.device) -> int | None:
     """Bytes at the highest point since the reset: allocated on a GPU, resident in the process on a CPU. None
     on Windows, where Python's standard library does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if os.path.exists("/proc/self/status"):
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+        return process_status("VmHWM")
     if sys.platform == "win32":
         return None
     import resource  # exists on Unix alone

@@ -121,9 +121,10 @@ def score_texts(predictions: list[str], references: list[str]) -> Texts:
 @torch.no_grad()
 def general_loss(model: GPT, text: str, batch: int) -> float:
     """Nats a token on text outside the task, in windows of half the model's positions (512 at most), so that
-    base and tuned model read the same windows even behind a soft prompt, which stays attached."""
+    base and tuned model read the same windows even behind a soft prompt, which stays attached (one that
+    takes more than the other half leaves it shorter windows)."""
     ids = model.tokenizer.encode(text, add_special_tokens=False).ids
-    window = min(512, model.config.n_positions // 2)
+    window = min(512, model.config.n_positions // 2, model.config.n_positions - model.prompt_tokens)
     rows = [ids[i : i + window + 1] for i in range(0, len(ids) - 1, window)]
     if not rows:
         raise UserError("the general text holds fewer than two tokens: there is nothing to score")

@@ -39,6 +39,13 @@ def finite(text: str) -> float:
     return value
 
 
+def whole(text: str) -> int:
+    value = int(text)
+    if abs(value) > 2**53:
+        raise ValueError
+    return value
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -59,8 +66,26 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: type) -> N
                                action=argparse.BooleanOptionalAction)
         else:
             group.add_argument(flag(field.name), default=None, help=text, choices=choices,
-                               type=finite if kind is float else kind,
+                               type={float: finite, int: whole}.get(kind, kind),
                                metavar=None if choices else kind.__name__.upper())
+
+
+def from_json(options: type[T], raw: Any, where: str) -> T:
+    """The dataclass from a parsed JSON object, with its defaults for what is not there. Raises UserError for
+    unknown names and for values of the wrong kind."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{where} cannot be used: {options.__name__} is {raw!r:.60}, and must be an object")
+    hints = typing.get_type_hints(options)
+    for name, value in raw.items():
+        if name not in hints:
+            raise UserError(f"{where} cannot be used: {name!r:.60} is no option of this version: update minift")
+        kinds = typing.get_args(hints[name]) or (hints[name],)
+        choices = options.__dataclass_fields__[name].metadata.get("choices")
+        if type(value) not in kinds and not (type(value) is int and float in kinds) or (
+                choices and value not in choices):
+            allowed = ", ".join(choices or (kind.__name__ for kind in kinds))
+            raise UserError(f"{where} cannot be used: {name} is {value!r:.60}, and must be {allowed}")
+    return options(**raw)
 
 
 def resolve(options: type[T], args: argparse.Namespace,

@@ -19,7 +19,15 @@ from typing import Any, TextIO
 
 from .errors import UserError
 
-OURS = ("config.json", "compare.json")  # one of these makes a folder a run's
+
+def is_run(folder: Path) -> bool:
+    """Whether train.py made the folder. A model's folder has a config.json too, which must
+    not get it deleted."""
+    try:
+        origins = "origins" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        origins = False
+    return origins or (folder / "compare.json").is_file()
 
 
 @contextlib.contextmanager
@@ -28,10 +36,12 @@ def open_folder(folder: Path, overwrite: bool, resume: bool) -> Iterator[None]:
 
     Raises UserError when it is there already, is not a run's, or another process works in it.
     """
-    old = [] if not folder.is_dir() else [path for path in folder.iterdir() if path.name != "lock"]
+    halves = [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]  # what a crash left half written
+    there = list(folder.iterdir()) if folder.is_dir() else []
+    old = [path for path in there if path.name != "lock" and path not in halves]
     if old and not resume and not overwrite:
         raise UserError(f"{folder} exists already: name another --out, or pass --overwrite to replace it")
-    if old and not any((folder / file).is_file() for file in OURS):
+    if old and not is_run(folder):
         raise UserError(f"{folder} is not a run's folder, and is left alone: name another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,8 +50,8 @@ def open_folder(folder: Path, overwrite: bool, resume: bool) -> Iterator[None]:
         raise UserError(f"{folder} cannot be written to: {error.strerror}; name another --out") from None
     with file:
         lock(file, folder)
-        for path in [] if resume else old:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in halves if resume else halves + old:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         yield
 
 
@@ -90,9 +100,12 @@ def next_free(stem: Path) -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """A reader sees the old file or the new one, never half of it. Raises UserError when it cannot be
     written."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is still "
@@ -114,17 +127,32 @@ class MetricsLog:
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}; make room there, then "
+                            f"--resume {self.path.parent} goes on from the last checkpoint") from None
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # `write` has reported it
+            self.file.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut short by a crash is left out."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of metrics.jsonl; a last line cut short by a crash is left out. UserError: it is damaged."""
+    path, found = folder / "metrics.jsonl", []
+    try:
+        for text in path.read_bytes().splitlines(keepends=True):
+            if text.endswith(b"\n"):
+                line = json.loads(text)
+                if not isinstance(line["step"], int):
+                    raise ValueError("step is no number")
+                found.append(line)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path}:{len(found) + 1} cannot be read ({type(error).__name__}: {error}): put an "
+                        "empty file in its place to go on without the old lines") from None
+    return found

@@ -36,17 +36,25 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 def load(name: str) -> GPT:
     """The model of `name`, a folder's path or a name in HUB, in fp32 on the CPU, with `tokenizer`, `folder`
-    and `fingerprint` set. Large tensors stay memory-mapped, copied only when written to. Raises UserError."""
+    and `fingerprint` set. Raises UserError."""
     folder = find_folder(name)
+    model = blank(folder)
+    tensors = canonical(read_tensors(folder), str(folder))
+    check_tensors(tensors, {key: p.shape for key, p in model.named_parameters()}, str(folder))
+    for key in filter(CONV1D.fullmatch, list(tensors)):
+        tensors[key] = tensors[key].T.contiguous()  # one at a time: no second copy of all weights
+    model.load_state_dict(tensors, assign=True)
+    model.fingerprint = fingerprint(model)
+    return model
+
+
+def blank(folder: Path) -> GPT:
+    """The model that a folder's config.json describes, with its tokenizer, on the meta device: shapes, no
+    weights. Raises UserError."""
     config = GPTConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     with torch.device("meta"):
         model = GPT(config)
-    tensors = canonical(read_tensors(folder), str(folder))
-    check_tensors(tensors, {key: p.shape for key, p in model.named_parameters()}, str(folder))
-    state = {name: t.T.contiguous() if CONV1D.fullmatch(name) else t for name, t in tensors.items()}
-    model.load_state_dict(state, assign=True)
     model.folder, model.tokenizer = folder, load_tokenizer(folder, config)
-    model.fingerprint = fingerprint(model)
     return model
 
 
@@ -132,9 +140,8 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 def read_bin(path: Path) -> dict[str, Tensor]:
     """A state dict written by torch.save, read with weights_only=True: no pickled code is ever run."""
-    import zipfile
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged or a hostile file
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path} cannot be read as a file of plain tensors: {why}") from None
@@ -147,7 +154,8 @@ def canonical(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """GPT-2's names without `transformer.`, without mask buffers and without the tied head; values in
     fp32."""
     result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name in list(tensors):
+        tensor = tensors.pop(name)  # freed as soon as it is converted
         short = name.removeprefix("transformer.")
         if MASK_BUFFER.fullmatch(short):
             continue

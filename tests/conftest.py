@@ -23,8 +23,8 @@ TEXTS = (
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # on tensors this small a second thread only waits, long on a busy machine
 
 
 @torch.no_grad()
@@ -42,10 +42,12 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 @pytest.fixture(scope="session")
 def make_gpt() -> Callable[..., GPT]:
     """make_gpt(seed=0, **config): a random model of ours, in eval mode."""
+
     def make(seed: int = 0, **changes: Any) -> GPT:
         model = GPT(GPTConfig(**TINY | changes))
         randomise(model, seed)
         return model.eval()
+
     return make
 
 
@@ -61,6 +63,7 @@ def make_reference() -> Callable[..., torch.nn.Module]:
             reference = GPT2LMHeadModel(GPT2Config(**settings, attn_implementation="eager"))
         randomise(reference, seed)
         return reference.eval()
+
     return make
 
 
@@ -77,7 +80,14 @@ def from_reference() -> Callable[[torch.nn.Module], GPT]:
                 values[f"{name}.weight"] = module.weight.T
         model.load_state_dict({name: value.detach().clone() for name, value in values.items()})
         return model.eval()
+
     return convert
+
+
+@pytest.fixture(scope="session")
+def texts() -> tuple[str, ...]:
+    """What the tokenizer was trained on."""
+    return TEXTS
 
 
 @pytest.fixture(scope="session")
@@ -85,8 +95,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """vocab.json and merges.txt of a small byte-level BPE, as GPT-2's own files are."""
     folder = tmp_path_factory.mktemp("tokenizer")
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(TEXTS * 2, vocab_size=320, min_frequency=2, special_tokens=["<|endoftext|>"],
-                            show_progress=False)
+    bpe.train_from_iterator(
+        TEXTS * 2, vocab_size=320, min_frequency=2, special_tokens=["<|endoftext|>"], show_progress=False
+    )
     bpe.save_model(str(folder))
     return folder
 
@@ -98,8 +109,11 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, make_reference: Callable[..., torch.nn.Module],
-                 tokenizer_folder: Path) -> Path:
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_reference: Callable[..., torch.nn.Module],
+    tokenizer_folder: Path,
+) -> Path:
     """A folder that transformers saved, with a tokenizer: the vocabulary has 320 tokens, 0 is end-of-text."""
     folder = tmp_path_factory.mktemp("models") / "base"
     make_reference(vocab_size=320, eos_token_id=0, bos_token_id=0).save_pretrained(folder)

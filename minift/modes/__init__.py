@@ -8,6 +8,7 @@ cannot; and any mode may have `describe(model)`, lines about what it learned. No
 for a mode by name.
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,15 +16,15 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..model import GPT
-from . import adapter, full, lora, prompt, selective
 
-MODES = {
-    "full": full,
-    "selective": selective,
-    "lora": lora,
-    "prompt": prompt,
-    "adapter": adapter,
-}
+NAMES = (  # the registry: a mode's line here is the name of its file
+    "full",
+    "selective",
+    "lora",
+    "prompt",
+    "adapter",
+)
+MODES = {name: import_module(f".{name}", __name__) for name in NAMES}
 
 
 def apply(model: GPT, mode: str, options: Any) -> None:

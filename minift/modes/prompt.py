@@ -45,6 +45,8 @@ def apply(model: GPT, options: Options) -> None:
     if options.prompt_init == "noise":
         start = torch.randn(count, model.config.n_embd).to(model.device) * 0.02
     elif options.prompt_init == "text":
+        if model.tokenizer is None:
+            raise UserError("--prompt-init text needs the model's tokenizer, and there is none: give its folder")
         ids = model.tokenizer.encode(options.prompt_text, add_special_tokens=False).ids
         if not ids:
             raise UserError("--prompt-text is empty: give at least one token to start from")

@@ -1,0 +1,205 @@
+"""What a run will cost, before it starts: python train.py --plan, without weights and without a network.
+
+No formula stands here: the real training step of the real model in the real mode runs on torch's fake tensors,
+which have a shape, a dtype and a device, but no memory. So the plan follows the code, whatever changes there.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from . import compare, modes, weights
+from .config import Config
+from .data import Example, collate, load_examples
+from .machine import choose_device, choose_dtype, resident_memory
+from .model import GPT, GPTConfig
+
+SIZES = {
+    "distilgpt2": GPTConfig(n_layer=6),
+    "gpt2": GPTConfig(),
+    "gpt2-medium": GPTConfig(n_embd=1024, n_layer=24, n_head=16),
+    "gpt2-large": GPTConfig(n_embd=1280, n_layer=36, n_head=20),
+    "gpt2-xl": GPTConfig(n_embd=1600, n_layer=48, n_head=25),
+    "gpt3-175b": GPTConfig(n_embd=12288, n_layer=96, n_head=96, n_positions=2048),  # Brown et al. 2020
+}
+COLUMNS = {
+    "mode": "mode",
+    "trainable_parameters": "trainable",
+    "weights_bytes": "weights",
+    "gradients_bytes": "gradients",
+    "optimizer_bytes": "optimizer",
+    "activations_bytes": "activations",
+    "logits_bytes": "logits",
+    "predicted_peak_bytes": "peak",
+    "tuned_bytes": "tuned file",
+    "flops_per_token": "FLOPs/token",
+}
+ASSUMED_TOKENS = 512  # of a row, where no rows are at hand; a fifth of them are targets
+
+aten = torch.ops.aten
+LEFT_MATRIX = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1}  # which argument it is
+
+
+class Meter(TorchDispatchMode):
+    """While it is entered: bytes of all live tensors on one kind of device, their peak, the largest tensor of
+    logits, and the FLOPs of matrix products. A storage counts once, from the operation that made it until it
+    is freed. What an operation allocates inside itself is not seen."""
+
+    def __init__(self, device_type: str, vocab_size: int):
+        super().__init__()
+        self.device_type, self.vocab_size = device_type, vocab_size
+        self.counted: set[int] = set()  # the live storages, by identity
+        self.live = self.peak = self.logits = self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device_type:
+                self.count(tensor)
+        self.flops += flops(func, args, result)
+        return result
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) in self.counted:
+            return
+        self.counted.add(id(storage))
+        weakref.finalize(storage, self.release, id(storage), storage.nbytes())
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        if tensor.shape[-1:] == (self.vocab_size,):
+            self.logits = max(self.logits, storage.nbytes())
+
+    def release(self, storage_id: int, nbytes: int) -> None:
+        self.counted.remove(storage_id)
+        self.live -= nbytes
+
+
+def flops(func: Any, args: Any, result: Any) -> int:
+    """Of one operation: two for each product of a matrix product, attention's included (its whole square: the
+    causal half is not taken off, as usual). 0 for anything else."""
+    packet = func.overloadpacket
+    if packet in LEFT_MATRIX:
+        return 2 * result.numel() * args[LEFT_MATRIX[packet]].shape[-1]
+    if "scaled_dot_product" in packet.__name__:
+        backward = packet.__name__.endswith("backward")  # which makes the scores again, and four products more
+        q, k = args[1:3] if backward else args[:2]
+        return 2 * (5 if backward else 2) * q.numel() * k.shape[-2]
+    return 0
+
+
+class Answers(TorchDispatchMode):
+    """What fake tensors cannot know, as they hold no values: how many targets a batch has, any single number
+    (a loss; 1 is as good as another), and what a random generator would draw."""
+
+    def __init__(self, targets: int):
+        super().__init__()
+        self.targets = targets
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is aten.nonzero.default:
+            return args[0].new_empty((self.targets, args[0].dim()), dtype=torch.int64)
+        if func is aten._local_scalar_dense.default:
+            return 1
+        if "generator" in kwargs:
+            kwargs["generator"] = None
+        return func(*args, **kwargs)
+
+
+def blank(name: str) -> GPT:
+    """The model of a name in SIZES, or of a folder, on the meta device: its shapes, and the folder's tokenizer
+    where there is one, but no weights. Raises UserError."""
+    if name in SIZES:
+        with torch.device("meta"):
+            return GPT(SIZES[name])
+    return weights.blank(weights.find_folder(name))
+
+
+def predict(asked: Config, shape: GPT, batch: list[Example], prepare: Callable[..., None],
+            make_optimizer: Callable[..., torch.optim.Optimizer], train_step: Callable[..., Any]
+            ) -> dict[str, Any]:
+    """One mode's costs under the names of COLUMNS, for steps whose micro-batches are all like `batch`. The
+    peak is that of live tensors alone, on the run's device. `shape` is a base on the meta device; the three
+    functions are train.py's."""
+    from torch._subclasses import FakeTensorMode
+    options, device = asked.train, choose_device(asked.train.device)
+    micro_batches = [batch] * min(options.accumulate, 2)  # the second finds the gradients of the first
+    model = copy.deepcopy(shape)
+    meter = Meter(device.type, model.config.vocab_size)
+    answers = Answers(sum(len(example.ids) - example.n_prompt for example in batch))
+    with FakeTensorMode(), answers, meter:
+        empty = {name: torch.empty(p.shape) for name, p in model.named_parameters()}
+        model.load_state_dict(empty, assign=True)
+        del empty
+        prepare(model, asked)
+        placed = {name: tensor.to(device) for name, tensor in model.state_dict().items()}
+        model.load_state_dict(placed, assign=True)  # as model.to(device) does, which refuses fake tensors
+        del placed
+        model.train()
+        optimizer, tuned = make_optimizer(model, options.lr, options.weight_decay), modes.tuned_parameters(model)
+
+        before = meter.live
+        ids, targets = collate(batch, pad_id=0)
+        loss = model.loss(ids.to(device), targets)
+        activations = meter.live - before
+        del loss
+        for parameter in tuned.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # makes the optimizer's state, which every later step finds there
+        optimizer.zero_grad(set_to_none=True)
+
+        meter.flops = 0
+        train_step(model, micro_batches, options.clip)
+        gradients, step_flops = nbytes(p.grad for p in tuned.values()), meter.flops
+        optimizer.step()
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    return {
+        "mode": asked.mode,
+        "trainable_parameters": sum(p.numel() for p in tuned.values()),
+        "weights_bytes": nbytes(model.parameters()), "gradients_bytes": gradients,
+        "optimizer_bytes": nbytes(state), "activations_bytes": activations, "logits_bytes": meter.logits,
+        "predicted_peak_bytes": meter.peak, "tuned_bytes": nbytes(tuned.values()),
+        "flops_per_token": step_flops / (ids.numel() * len(micro_batches))}
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def report(asked: dict[str, Config], prepare: Callable[..., None],
+           make_optimizer: Callable[..., torch.optim.Optimizer], train_step: Callable[..., Any],
+           widest_batch: Callable[..., list[Example]]) -> str:
+    """What train.py --plan prints: the step that is planned, a row for each mode, and notes. The four
+    functions are train.py's. Raises UserError."""
+    first = next(iter(asked.values()))
+    options, device = first.train, choose_device(first.train.device)
+    shape, resident = blank(options.model), resident_memory(device)
+    room = shape.config.n_positions - max(one.prompt_tokens for one in asked.values())
+    if first.data.data and shape.tokenizer is not None:
+        rows, _ = load_examples(first.data, options.seed, shape, room, {"train": None})
+        batch, origin = widest_batch(rows["train"], options), f"the widest batch of {first.data.data}"
+    else:
+        tokens = min(first.data.max_length or ASSUMED_TOKENS, room)
+        batch = [Example([0] * tokens, tokens - max(1, tokens // 5), None)] * options.batch
+        origin = "assumed; --data and a model's folder with its tokenizer would tell"
+    results = []
+    for one in asked.values():
+        result = predict(one, shape, batch, prepare, make_optimizer, train_step)
+        results.append(result | {"predicted_peak_bytes": result["predicted_peak_bytes"] + resident})
+    dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
+    targets = sum(len(example.ids) - example.n_prompt for example in batch)
+    paper = ", on paper" if options.model == "gpt3-175b" else ""
+    lines = [f"plan of {options.model}{paper}: {sum(p.numel() for p in shape.parameters()):,} parameters, on "
+             f"{device} in {dtype}",
+             f"a step: {len(batch)} rows of up to {max(len(e.ids) for e in batch)} tokens, {targets:,} of all "
+             f"tokens are targets ({origin})",
+             f"peak: of all live tensors, and {compare.size(resident)} that this process takes already",
+             "", compare.table(results, COLUMNS)]
+    return "\n".join(lines)

@@ -1,0 +1,281 @@
+"""The model against transformers' GPT-2, and what its hidden states and loss promise."""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import minift.model
+from minift import loss, weights
+from minift.errors import UserError
+from minift.model import GPT, IGNORE, GPTConfig, causal_attention
+from minift.weights import CONV1D
+
+GPT2 = {"model_type": "gpt2"}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "three heads": {},
+    "five heads, narrow MLP": dict(vocab_size=61, eos_token_id=0, n_embd=40, n_head=5, n_layer=2, n_inner=56),
+    "scores not scaled": dict(scale_attn_weights=False),
+    "scores scaled by layer": dict(scale_attn_by_inverse_layer_idx=True),
+    "scores scaled by layer only": dict(scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False),
+    "large epsilon": dict(layer_norm_epsilon=0.1),
+    "exact GELU": dict(activation_function="gelu"),
+    "ReLU": dict(activation_function="relu"),
+    "SiLU": dict(activation_function="silu"),
+    "tanh GELU by its other name": dict(activation_function="gelu_pytorch_tanh"),
+}
+
+
+def random_ids(model: GPT, rows: int, tokens: int) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def some_targets(ids: torch.Tensor) -> torch.Tensor:
+    """The next tokens, of which each row learns another stretch."""
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = IGNORE
+    for row in range(len(ids)):
+        targets[row, : 3 + row] = IGNORE
+    return targets
+
+
+@pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES)
+@torch.no_grad()
+def test_logits_equal_transformers(
+    make_reference: Callable, from_reference: Callable, changes: dict[str, Any]
+) -> None:
+    reference = make_reference(**changes)
+    model = from_reference(reference)
+    ids = random_ids(model, 3, 17)
+    wanted = reference(ids).logits
+    assert wanted.std() > 0.5  # else a tolerance of 1e-4 would say little
+    assert (model.logits(model.hidden(ids)) - wanted).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_logits_of_a_real_folder_equal_transformers() -> None:
+    folder = os.environ.get("MINIFT_GPT2_FOLDER")
+    if not folder:
+        pytest.skip("MINIFT_GPT2_FOLDER does not name a GPT-2 folder")
+    from transformers import GPT2LMHeadModel
+
+    model, reference = weights.load(folder).eval(), GPT2LMHeadModel.from_pretrained(folder).float().eval()
+    ids = random_ids(model, 2, 37)
+    assert (model.logits(model.hidden(ids)) - reference(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [512, 7])
+def test_loss_and_gradients_equal_transformers(
+    make_reference: Callable, from_reference: Callable, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    reference = make_reference()
+    model = from_reference(reference)
+    ids = random_ids(model, 3, 17)
+    targets = some_targets(ids)
+    labels = torch.cat([torch.full((3, 1), IGNORE), targets[:, :-1]], dim=1)  # shifted again there
+    wanted = reference(ids, labels=labels).loss * (targets != IGNORE).sum()
+    ours = model.loss(ids, targets)
+    assert torch.allclose(ours, wanted, rtol=1e-5)
+    (wanted / 7).backward()
+    (ours / 7).backward()
+    for name, parameter in reference.transformer.named_parameters():
+        grad = model.get_parameter(name).grad
+        grad = grad.T if CONV1D.fullmatch(name) else grad
+        assert torch.allclose(grad, parameter.grad, rtol=1e-3, atol=1e-4 * grad.abs().max()), name
+
+
+def test_loss_without_a_target_is_zero(make_gpt: Callable) -> None:
+    model = make_gpt()
+    ids = random_ids(model, 2, 5)
+    assert model.loss(ids, torch.full_like(ids, IGNORE)).item() == 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@torch.no_grad()
+def test_attention_in_bf16_on_a_cpu_is_attention(dropout: float) -> None:
+    q, k, v = torch.randn(3, 2, 4, 33, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    if not dropout:
+        wanted = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, scale=0.7)
+        assert torch.allclose(causal_attention(q, k, v, 0.7, 0.0).float(), wanted, atol=0.03)
+        return
+    torch.manual_seed(0)
+    kept = causal_attention(q, k, torch.ones_like(v), 0.7, dropout).float()  # what is left of the weights
+    assert kept[:, :, 0].unique().numel() == 2 and kept.mean().item() == pytest.approx(1.0, abs=0.05)
+
+
+@torch.no_grad()
+def test_padding_on_the_right_changes_nothing(make_gpt: Callable) -> None:
+    model = make_gpt()
+    ids = random_ids(model, 2, 11)
+    targets = some_targets(ids)
+    padded = F.pad(ids, (0, 6), value=5)
+    assert torch.allclose(model.hidden(padded)[:, :11], model.hidden(ids), atol=1e-5)
+    assert torch.allclose(model.loss(padded, F.pad(targets, (0, 6), value=IGNORE)), model.loss(ids, targets))
+
+
+def test_only_targets_meet_the_vocabulary(make_gpt: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_gpt()
+    seen, head_loss = [], minift.model.head_loss
+    monkeypatch.setattr(
+        minift.model, "head_loss", lambda hidden, *rest: seen.append(hidden.shape) or head_loss(hidden, *rest)
+    )
+    ids = random_ids(model, 3, 17)
+    targets = some_targets(ids)
+    model.loss(ids, targets)
+    assert seen == [((targets != IGNORE).sum(), model.config.n_embd)]
+
+
+def test_gradients_flow_only_where_they_are_asked_for(make_gpt: Callable) -> None:
+    model = make_gpt().requires_grad_(False)
+    model.h[1].mlp.c_fc.bias.requires_grad_(True)
+    ids = random_ids(model, 2, 9)
+    model.loss(ids, some_targets(ids)).backward()
+    touched = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert touched == ["h.1.mlp.c_fc.bias"]
+    assert model.h[1].mlp.c_fc.bias.grad.abs().min() > 0
+
+
+@torch.no_grad()
+def test_bf16_stays_close_to_fp32_and_keeps_tuned_parameters_in_fp32(make_gpt: Callable) -> None:
+    model = make_gpt()
+    ids = random_ids(model, 3, 17)
+    exact = model.hidden(ids)
+    model.requires_grad_(False)
+    last = model.h[2]
+    tuned = [model.wte.weight, last.ln_1.weight, last.attn.c_attn.weight, last.mlp.c_fc.bias]
+    for parameter in tuned:
+        parameter.requires_grad_(True)
+    model.set_compute_dtype(torch.bfloat16)
+    assert {id(p) for p in model.parameters() if p.dtype == torch.float32} == {id(p) for p in tuned}
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+    close = model.hidden(ids)
+    assert close.dtype == torch.bfloat16 and model.logits(close).dtype == torch.float32
+    error = (close.float() - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.03
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_alone(make_gpt: Callable) -> None:
+    model = make_gpt()
+    ids = random_ids(model, 2, 9)
+    without = model.hidden(ids)
+    model.dropout = 0.3
+    assert torch.equal(model.hidden(ids), without)
+    model.train()
+    torch.manual_seed(0)
+    first, second = model.hidden(ids), model.hidden(ids)
+    assert not torch.allclose(first, without, atol=0.1) and not torch.allclose(first, second, atol=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["embeddings", "attention", "attention's output", "MLP's output"])
+def test_dropout_acts_in_each_of_gpt2s_places(make_gpt: Callable, place: str) -> None:
+    model = make_gpt(n_layer=1).train()
+    block, spy = model.h[0], _Spy()
+    block.attn_adapter, model.dropout = spy, 0.5
+    zero = {  # zeros survive dropout, so that one place alone is left where it shows
+        "embeddings": [block.attn.c_proj, block.mlp.c_proj],
+        "attention": [model.wte, model.wpe],
+        "attention's output": [model.wte, model.wpe, block.attn.c_attn, block.mlp.c_proj],
+        "MLP's output": [model.wte, model.wpe, block.attn.c_proj],
+    }
+    for module in zero[place]:
+        for parameter in module.parameters():
+            parameter.zero_()
+    torch.manual_seed(0)
+    ids, results = random_ids(model, 2, 9), []
+    for _ in range(2):
+        hidden = model.hidden(ids)
+        results.append(spy.seen if place == "attention" else hidden)
+    assert not torch.allclose(*results, atol=1e-3)
+
+
+class _Spy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = x
+        return x
+
+
+def test_context_limit(make_gpt: Callable) -> None:
+    model = make_gpt()
+    model.hidden(random_ids(model, 1, 96))
+    with pytest.raises(UserError, match="97 tokens do not fit into the model's 96 positions"):
+        model.hidden(random_ids(model, 1, 97))
+    model.prompt = nn.Embedding(10, model.config.n_embd)
+    assert model.hidden(random_ids(model, 1, 86)).shape == (1, 86, 24)
+    with pytest.raises(UserError, match="87 tokens and 10 of the soft prompt"):
+        model.hidden(random_ids(model, 1, 87))
+
+
+def test_init_weights_is_gpt2s_start() -> None:
+    model = GPT(GPTConfig(vocab_size=200, n_positions=64, n_embd=64, n_layer=8, n_head=4, eos_token_id=0))
+    model.init_weights(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == (1.0 if "ln_" in name and name.endswith("weight") else 0.0)).all(), name
+        else:
+            std = 0.02 / 4 if "c_proj" in name else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.06), name
+    again = GPT(model.config)
+    again.init_weights(0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_configuration_of_transformers_is_read_whole(make_reference: Callable) -> None:
+    reference = make_reference(n_inner=40, layer_norm_epsilon=0.25)
+    raw = json.loads(reference.config.to_json_string(use_diff=False))
+    config = GPTConfig.from_json(raw, "config.json")
+    assert config == GPTConfig(
+        vocab_size=97,
+        n_positions=96,
+        n_embd=24,
+        n_layer=3,
+        n_head=3,
+        n_inner=40,
+        layer_norm_epsilon=0.25,
+        eos_token_id=96,
+    )
+    assert config.mlp_width == 40 and GPTConfig().mlp_width == 3072
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"activation_function": "mish"}, "activation_function 'mish' is not known here; known: gelu_new"),
+        ({"n_embd": 770}, "n_embd 770 is not a multiple of n_head 12"),
+        ({"n_embd": "768"}, "n_embd is '768'"),
+        ({"n_layer": 0}, "n_layer is 0"),
+        ({"n_layer": True}, "n_layer is True"),
+        ({"n_head": -1}, "n_head is -1"),
+        ({"n_inner": 0}, "n_inner is 0"),
+        ({"n_positions": 1.5}, "n_positions is 1.5"),
+        ({"vocab_size": None}, "vocab_size is None"),
+        ({"vocab_size": 100}, "eos_token_id 50256 lies outside the vocabulary of 100 tokens"),
+        ({"eos_token_id": -1}, "eos_token_id is -1"),
+        ({"layer_norm_epsilon": "tiny"}, "layer_norm_epsilon is 'tiny'"),
+        ({"layer_norm_epsilon": -1.0}, "layer_norm_epsilon is -1.0"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
+        ({"scale_attn_weights": 1}, "scale_attn_weights is 1"),
+        ({"activation_function": ["relu"]}, "activation_function is "),
+        ({"add_cross_attention": True}, "add_cross_attention is set"),
+    ],
+)
+def test_what_is_not_gpt2_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        GPTConfig.from_json(GPT2 | changes, "x/config.json")
+    assert str(caught.value).startswith("x/config.json: ") and message in str(caught.value)
+
+
+def test_hidden_leaves_the_soft_prompts_states_out(make_gpt: Callable) -> None:
+    model = make_gpt()
+    model.prompt = nn.Embedding(4, model.config.n_embd)
+    assert model.prompt_tokens == 4
+    assert model.hidden(random_ids(model, 2, 7)).shape == (2, 7, model.config.n_embd)

@@ -1,0 +1,289 @@
+"""A run that is interrupted and resumed ends in the very bits of one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripts import (
+    MODES,
+    QUICK,
+    ROOT,
+    command,
+    evaluate,
+    files,
+    json_of,
+    metrics,
+    step_losses,
+    tensors,
+    train,
+    trained,
+    write_pairs,
+)
+
+import train as script
+from minift import run, safetensors
+
+# 24 rows in batches of 3, two a step: 4 steps an epoch, validation after every third
+SHORT = "--steps 11 --batch 3 --accumulate 2 --eval-every 3 --lr 3e-3 --model-dropout 0.1".split()
+TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes", "resident_bytes", "predicted_peak_bytes")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def common(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    pairs = write_pairs(tmp_path_factory.mktemp("data") / "pairs")
+    return ["--model", str(model_folder), "--data", str(pairs), *QUICK, *SHORT]
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    return {name: value for name, value in json_of(folder / "result.json").items() if name not in TIMES}
+
+
+def progress(folder: Path) -> dict[str, Any]:
+    return json.loads(safetensors.read(folder / "last.safetensors")[1]["progress"]) | {"seconds": 0}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for name in ("tuned.safetensors", "last.safetensors"):
+        a, b = tensors(one / name), tensors(other / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+    assert metrics(one) == metrics(other)
+    assert scores(one) == scores(other)
+    assert progress(one) == progress(other)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], number: int = signal.SIGTERM) -> None:
+    """Send this process a signal in the middle of these steps, counted over all runs of a test."""
+    whole, count = script.train_step, iter(range(1, 10_000))
+
+    def step(model: Any, micro_batches: list, clip: float) -> tuple[float, float]:
+        if next(count) in steps:
+            os.kill(os.getpid(), number)
+        return whole(model, micro_batches, clip)
+
+    monkeypatch.setattr(script, "train_step", step)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_resumed_run_is_bit_identical(
+    common: list[str], tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at step 5 (in the middle of epoch 2 and between two validations), and again at step 10."""
+    options = ["--mode", mode, *(["--dropout", "0.2"] if mode == "lora" else [])]
+    trained(*common, *options, "--out", tmp_path / "whole")
+    interrupt(monkeypatch, (5, 10))
+    for step, arguments in (
+        (5, [*common, *options, "--out", tmp_path / "x"]),
+        (10, ["--resume", tmp_path / "x"]),
+    ):
+        ended = train(*arguments)
+        assert ended.code == 143 and not ended.err
+        line = f"stopped after step {step}; python train.py --resume {tmp_path / 'x'} goes on from there\n"
+        assert ended.out.endswith(line)
+        assert progress(tmp_path / "x")["step"] == step and not (tmp_path / "x" / "result.json").exists()
+    torch.manual_seed(99)  # resuming restores the random state, whatever it is
+    trained("--resume", tmp_path / "x")
+    assert_same_run(tmp_path / "whole", tmp_path / "x")
+    assert set(files(tmp_path / "whole")) == set(files(tmp_path / "x"))
+    monkeypatch.undo()
+    trained(*common, *options, "--model-dropout", 0, "--dropout" if mode == "lora" else "--seed", 0, "--out",
+            tmp_path / "without")  # fmt: skip
+    assert step_losses(tmp_path / "without") != step_losses(tmp_path / "whole")  # dropout was on indeed
+
+
+def test_resuming_a_finished_run_changes_nothing(common: list[str], tmp_path: Path) -> None:
+    trained(*common, "--mode", "lora", "--out", tmp_path / "x")
+    before = {name: (tmp_path / "x" / name).read_bytes() for name in ("metrics.jsonl", "config.json")}
+    kept, numbers = scores(tmp_path / "x"), tensors(tmp_path / "x" / "tuned.safetensors")
+    trained("--resume", tmp_path / "x")
+    assert scores(tmp_path / "x") == kept
+    assert all(torch.equal(t, numbers[n]) for n, t in tensors(tmp_path / "x" / "tuned.safetensors").items())
+    assert {name: (tmp_path / "x" / name).read_bytes() for name in before} == before
+
+
+def test_early_stopping_counts_across_an_interruption(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = write_pairs(tmp_path / "few", rows=3, seed=1)
+    options = "--mode full --steps 200 --eval-every 3 --patience 3 --batch 3 --accumulate 1 --model-dropout 0"
+    arguments = [*common, *options.split(), "--schedule", "constant", "--data", pairs]
+    trained(*arguments, "--out", tmp_path / "whole")
+    result = scores(tmp_path / "whole")
+    assert result["stopped_early"] and result["best_step"] < result["steps"] - 6
+    interrupt(monkeypatch, (result["best_step"] + 5,))  # one validation without a better loss behind it
+    assert train(*arguments, "--out", tmp_path / "x").code == 143
+    assert progress(tmp_path / "x")["stale"] == 1
+    trained("--resume", tmp_path / "x")
+    assert_same_run(tmp_path / "whole", tmp_path / "x")
+
+
+def test_a_comparison_goes_on_as_one(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(*common, "--mode", "prompt,lora,full", "--out", tmp_path / "whole")
+    interrupt(monkeypatch, (11 + 7,))
+    ended = train(*common, "--mode", "prompt,lora,full", "--out", tmp_path / "x")
+    assert ended.code == 143 and f"--resume {tmp_path / 'x'} goes on" in ended.out
+    assert not (tmp_path / "x" / "full" / "result.json").exists()
+    part = train("--resume", tmp_path / "x" / "lora")
+    assert part.code == 2 and f"--resume {tmp_path / 'x'} goes on with all of it" in part.err
+    finished = (tmp_path / "x" / "prompt" / "result.json").read_bytes()
+    out = trained("--resume", tmp_path / "x")
+    assert (tmp_path / "x" / "prompt" / "result.json").read_bytes() == finished  # not run again
+    assert "| prompt" in out and "| full" in out
+    for mode in ("prompt", "lora", "full"):
+        assert_same_run(tmp_path / "whole" / mode, tmp_path / "x" / mode)
+    compared = [json_of(tmp_path / folder / "compare.json") for folder in ("whole", "x")]
+    assert [result["test_loss"] for result in compared[0]] == [result["test_loss"] for result in compared[1]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sigkill_at_any_moment_loses_nothing(common: list[str], tmp_path: Path, mode: str) -> None:
+    """10 moments for each mode: after seeded delays, and before, after or half-way through writes."""
+    first = 10 * MODES.index(mode)
+    arguments = [str(tmp_path), str(first), "10", *common, "--mode", mode, "--steps", "7"]
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "kill_moments.py"), *arguments], text=True,
+                          capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and len(lines) == 11, done.stderr
+    whole, *survived = lines
+    assert whole["code"] == 0
+    for moment in survived:
+        assert moment["code"] == 0, moment
+        assert (moment["hash"], moment["files"]) == (whole["hash"], whole["files"]), moment
+    killed = [m for moment in survived for m, code in moment["moments"] if code == -signal.SIGKILL]
+    assert len(killed) >= 8 and any("last" in m for m in killed) and any("delay" in m for m in killed)
+
+
+def start(arguments: list[Any], tmp_path: Path, code: str = "") -> subprocess.Popen:
+    """train.py in a process of its own, with some code run in it before."""
+    before = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'; import train, time, os\n"
+    )
+    start_it = f"{before}{code}\nfrom minift.errors import run_script; run_script(train.main)"
+    return subprocess.Popen([sys.executable, "-c", start_it, *map(str, arguments)], cwd=tmp_path, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)  # fmt: skip
+
+
+def wait_for_steps(folder: Path, process: subprocess.Popen, steps: int) -> None:
+    log, end = folder / "metrics.jsonl", time.monotonic() + 90
+    while not log.exists() or log.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_saves_and_says_how_to_go_on(
+    common: list[str], tmp_path: Path, number: int, code: int
+) -> None:
+    folder = tmp_path / "x"
+    arguments = [*common, "--mode", "prompt", "--steps", 100_000, "--eval-every", 100_000, "--out", folder]
+    process = start(arguments, tmp_path)
+    wait_for_steps(folder, process, 4)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and err == ""
+    step = progress(folder)["step"]
+    assert step >= 4 and len(step_losses(folder)) == step
+    assert f"stopped after step {step}; python train.py --resume {folder} goes on from there" in out
+    assert not (folder / "result.json").exists()
+
+
+def test_the_second_signal_ends_at_once(common: list[str], tmp_path: Path) -> None:
+    """While a step sleeps for a minute, the first signal waits for it, and the second does not."""
+    folder = tmp_path / "x"
+    slow = ("whole = train.train_step\n"
+            "def step(*a):\n    r = whole(*a)\n    print('sleeping', flush=True)\n    time.sleep(60)\n    return r\n"
+            "train.train_step = step")  # fmt: skip
+    process = start([*common, "--mode", "prompt", "--out", folder], tmp_path, slow)
+    while process.stdout.readline() not in ("sleeping\n", ""):
+        pass
+    before = (folder / "last.safetensors").read_bytes()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 143 and "stopped after" not in out
+    assert (folder / "last.safetensors").read_bytes() == before
+
+
+def test_ctrl_c_before_training_leaves_nothing(common: list[str], tmp_path: Path) -> None:
+    """It arrives while the data are read: no traceback, exit code 130, no folder."""
+    slow = ("def load(*a):\n    print('sleeping', flush=True)\n    time.sleep(60)\n"
+            "train.data.load_examples = load")  # fmt: skip
+    process = start([*common, "--out", tmp_path / "x"], tmp_path, slow)
+    while process.stdout.readline() not in ("sleeping\n", ""):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err == "interrupted\n" and not (tmp_path / "x").exists()
+
+
+def test_a_folder_in_use_is_refused(common: list[str], tmp_path: Path) -> None:
+    trained(*common, "--mode", "prompt", "--out", tmp_path / "x")
+    before = {name: (tmp_path / "x" / name).read_bytes() for name in files(tmp_path / "x")}
+    with open(tmp_path / "x" / "lock") as held:
+        run.lock(held, tmp_path / "x")
+        for arguments in ([*common, "--out", tmp_path / "x", "--overwrite"], ["--resume", tmp_path / "x"]):
+            ended = train(*arguments)
+            assert ended.code == 2 and "in use by another run" in ended.err and ended.err.count("\n") == 1
+    assert {name: (tmp_path / "x" / name).read_bytes() for name in files(tmp_path / "x")} == before
+    assert evaluate(tmp_path / "x", "--prompt", "a", "--max-new-tokens", 1).code == 0  # reading is no harm
+
+
+def test_overwriting_needs_to_be_asked_for(common: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    trained(*common, "--mode", "lora", "--out", folder)
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    ended = train(*common, "--mode", "full", "--out", folder)
+    assert ended.code == 2 and "--overwrite" in ended.err and "--out" in ended.err
+    ended = train(*common, "--mode", "lora", "--targets", "nonsense", "--out", folder, "--overwrite")
+    assert ended.code == 2  # and a run that cannot begin overwrites nothing
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+    trained(*common, "--mode", "full", "--out", folder, "--overwrite", "--steps", 2)
+    assert json_of(folder / "result.json")["mode"] == "full" and len(step_losses(folder)) == 2
+    trained(*common, "--mode", "lora,prompt", "--out", folder, "--overwrite", "--steps", 1)
+    assert not (folder / "result.json").exists() and (folder / "lora" / "result.json").exists()
+    trained(*common, "--mode", "lora", "--out", folder, "--overwrite", "--steps", 1)
+    assert not (folder / "prompt").exists() and not (folder / "compare.json").exists()
+
+
+def test_what_is_no_run_is_never_overwritten(common: list[str], tmp_path: Path, model_folder: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    before = {name: (model_folder / name).read_bytes() for name in files(model_folder)}
+    for folder in (tmp_path / "mine", model_folder):
+        for more in ([], ["--overwrite"]):
+            ended = train(*common, "--out", folder, *more)
+            assert ended.code == 2 and str(folder) in ended.err
+    assert list(files(tmp_path / "mine")) == ["thesis.txt"]
+    assert {name: (model_folder / name).read_bytes() for name in files(model_folder)} == before
+
+
+def test_a_run_killed_before_it_began_can_begin_again(common: list[str], tmp_path: Path) -> None:
+    """A lock and half a config.json are no run that anybody could lose."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "lock").write_text("")
+    (tmp_path / "x" / ".config.json.tmp").write_text("{")
+    trained(*common, "--mode", "prompt", "--steps", 1, "--out", tmp_path / "x")
+    assert ".config.json.tmp" not in set(files(tmp_path / "x"))
+
+
+def test_commands_are_those_of_the_scripts() -> None:
+    assert Path(command("train.py")[1]).is_file() and Path(command("eval.py")[1]).is_file()

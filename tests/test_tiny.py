@@ -1,0 +1,130 @@
+"""data/tiny: the same text from the same seed, the promises about the pairs, and the base's folder."""
+
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from tokenizers import Tokenizer
+
+from minift.data import read_text
+from minift.metrics import general_loss
+from minift.weights import load
+
+TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
+SPLITS = ("train", "val", "test")
+
+
+@pytest.fixture(scope="module")
+def make() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_tiny", TINY / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+@pytest.fixture(scope="module")
+def made(make: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    make.make_text(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, list[dict[str, str]]]:
+    texts = {split: (TINY / "pairs" / f"{split}.jsonl").read_text(encoding="utf-8") for split in SPLITS}
+    return {split: [json.loads(line) for line in text.splitlines()] for split, text in texts.items()}
+
+
+def speakers(dialogue: str) -> set[str]:
+    return set(re.findall(r"^(\w+):", dialogue, re.MULTILINE))
+
+
+def test_text_is_bit_identical(made: Path) -> None:
+    recorded = json.loads((TINY / "hashes.json").read_text(encoding="utf-8"))
+    tokenizer = recorded.pop("tokenizer.json")  # its JSON's form is the tokenizers package's, not ours
+    files = [f"pairs/{split}.jsonl" for split in SPLITS]
+    assert set(recorded) == {"build/general_train.txt", "general.txt", *files}
+    for file, digest in recorded.items():
+        assert hashlib.sha256((made / file).read_bytes()).hexdigest() == digest, f"{file} as made again"
+        if not file.startswith("build/"):
+            assert hashlib.sha256((TINY / file).read_bytes()).hexdigest() == digest, f"{file} in data/tiny"
+    assert hashlib.sha256((TINY / "tokenizer.json").read_bytes()).hexdigest() == tokenizer
+
+
+def test_tokenizer_is_the_same_and_reversible(made: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    again = Tokenizer.from_file(str(made / "tokenizer.json"))
+    assert json.loads(tokenizer.to_str())["model"] == json.loads(again.to_str())["model"]
+    assert tokenizer.token_to_id("<|endoftext|>") == 0
+    for text in (read_text(TINY / "general.txt")[:20000], " na\u00efve \u2603\n\n\ttabs  and   spaces "):
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_pairs_keep_their_promises(pairs: dict[str, list[dict[str, str]]], make: ModuleType) -> None:
+    rows = [row for split in SPLITS for row in pairs[split]]
+    assert 2000 <= len(rows) <= 4000
+    assert len({row["dialogue"] for row in rows}) == len(rows)
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    for row in rows:
+        assert set(row) == {"dialogue", "summary"}
+        assert 4 <= len(row["dialogue"].split("\n")) <= 10
+        assert 2 <= len(speakers(row["dialogue"])) <= 3
+        assert len(tokenizer.encode(row["dialogue"]).ids) <= 150
+        assert len(tokenizer.encode(row["summary"]).ids) <= 32
+    words = {split: set(re.findall(r"\w+", json.dumps(pairs[split]).replace("\\n", " "))) for split in SPLITS}
+    assert not words["train"] & set(make.UNSEEN_NAMES) and not words["val"] & set(make.UNSEEN_NAMES)
+    assert not words["test"] & set(make.NAMES) and len(words["test"] & set(make.UNSEEN_NAMES)) >= 20
+
+
+def test_general_text_does_not_give_the_task_away(made: Path, pairs: dict[str, list[dict[str, str]]]) -> None:
+    training = (made / "build/general_train.txt").read_text(encoding="utf-8")
+    documents = training.split("<|endoftext|>")
+    held_out = read_text(TINY / "general.txt").split("<|endoftext|>")
+    assert not re.search(r"summary|summar|tl;dr", training, re.IGNORECASE)
+    assert not re.search(r"[A-Z][a-z]+ and [A-Z][a-z]+ will ", training)
+    chats = {document.split("\n\n")[0] for document in documents + held_out}
+    rows = [row for split in SPLITS for row in pairs[split]]
+    assert not any(row["dialogue"] in chats for row in rows)
+    assert not any(row["summary"] in training for row in pairs["test"])
+
+
+@pytest.mark.parametrize("baseline", [
+    lambda turns: turns[-1], lambda turns: turns[0], lambda turns: max(turns, key=len),
+    lambda turns: " ".join(turns)])
+def test_trivial_summaries_score_badly(pairs: dict[str, list[dict[str, str]]],
+                                       baseline: Callable[[list[str]], str]) -> None:
+    scorer = RougeScorer(["rougeL"])
+    scores = [scorer.score(row["summary"], baseline(row["dialogue"].split("\n")))["rougeL"].fmeasure
+              for row in pairs["test"]]
+    assert sum(scores) / len(scores) < 0.25
+
+
+def test_base_is_the_recorded_one(make: ModuleType) -> None:
+    """Its settings are those of make.py, and on the held-out text it has the loss that training.json says."""
+    recorded = json.loads((TINY / "training.json").read_text(encoding="utf-8"))
+    assert recorded["settings"]["steps"] == make.STEPS == len(recorded["loss"]) * recorded["log_every"]
+    assert (TINY / "model.safetensors").stat().st_size <= 12_000_000
+    model = load(str(TINY))
+    assert sum(p.numel() for p in model.parameters()) == recorded["parameters"]
+    loss = general_loss(model, read_text(TINY / "general.txt"), 32)
+    assert loss == pytest.approx(recorded["held_out_loss"], abs=0.002)
+
+
+def test_folder_loads_in_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.GPT2LMHeadModel.from_pretrained(TINY).float().eval()
+    model = load(str(TINY)).eval()
+    ids = torch.tensor([model.tokenizer.encode("Anna: Hi Ben! Shall we have lunch on Friday?").ids])
+    with torch.no_grad():
+        ours, theirs = model.logits(model.hidden(ids)), reference(ids).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,421 @@
+"""train.py, driven as its users do: every mode learns, and the loop does what it says."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scripts import (
+    MODES,
+    QUICK,
+    evaluate,
+    files,
+    json_of,
+    process,
+    step_losses,
+    tensors,
+    train,
+    trained,
+    write_pairs,
+)
+from scripts import metrics as log_of
+
+import train as script
+from minift import data, metrics, modes, weights
+from minift.data import Example
+from minift.errors import UserError
+from minift.pairs import Pair
+
+RESULT = {
+    "mode", "base", "steps", "trainable_parameters", "total_parameters", "train_loss", "best_val_loss",
+    "test_loss", "test_perplexity", "rouge1", "rouge2", "rougeL", "tuned_bytes", "peak_memory_bytes",
+    "tokens_per_second", "seconds", "learning_rate", "trainable_share", "best_step", "stopped_early",
+    "skipped_steps",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)  # for shapes so small a second thread only waits for the first
+    yield
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
+
+
+@pytest.fixture(scope="module")
+def common(model_folder: Path, pairs: Path) -> list[str]:
+    return ["--model", str(model_folder), "--data", str(pairs), *QUICK]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, common: list[str], model_folder: Path) -> dict[str, Path]:
+    """One run of each mode with its own defaults, and a proof that the base's files were only read."""
+    before = {
+        name: hashlib.sha256((model_folder / name).read_bytes()).hexdigest() for name in files(model_folder)
+    }
+    folder = tmp_path_factory.mktemp("runs")
+    for mode in MODES:
+        trained(*common, "--mode", mode, "--steps", 40, "--out", folder / mode)
+    after = {
+        name: hashlib.sha256((model_folder / name).read_bytes()).hexdigest() for name in files(model_folder)
+    }
+    assert before == after
+    return {mode: folder / mode for mode in MODES}
+
+
+def rows_of(folder: Path, model_folder: Path) -> list[Example]:
+    model = weights.load(str(model_folder))
+    found, _ = data.load_examples(data.DataOptions(str(folder)), 0, model, 96, {"train": None})
+    return found["train"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_learns_and_leaves_its_files(runs: dict[str, Path], model_folder: Path, mode: str) -> None:
+    folder = runs[mode]
+    assert set(files(folder)) == {
+        "config.json", "metrics.jsonl", "tuned.safetensors", "last.safetensors", "result.json", "lock",
+    }  # fmt: skip
+    losses, result = step_losses(folder), json_of(folder / "result.json")
+    assert len(losses) == 40 and sum(losses[-8:]) < sum(losses[:8]) - 8 * 0.1
+    assert RESULT <= result.keys()
+    assert result["mode"] == mode and result["steps"] == 40 and result["base"] == str(model_folder)
+    assert result["test_loss"] < result["base_test_loss"]
+    assert result["test_perplexity"] == pytest.approx(math.exp(result["test_loss"]))
+    validations = [line for line in log_of(folder) if "val_loss" in line]
+    assert [line["step"] for line in validations] == list(range(4, 41, 4))
+    assert result["best_val_loss"] == min(line["val_loss"] for line in validations)
+
+    model = weights.load(str(model_folder))
+    modes.apply(model, mode, modes.MODES[mode].Options())
+    should_train = {name: p.shape for name, p in modes.tuned_parameters(model).items()}
+    assert {name: t.shape for name, t in tensors(folder / "tuned.safetensors").items()} == should_train
+    count = sum(shape.numel() for shape in should_train.values())
+    assert result["trainable_parameters"] == count
+    assert result["total_parameters"] == 31_704 and result["trainable_share"] == count / 31_704
+    assert result["tuned_bytes"] == (folder / "tuned.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_eval_finds_the_scores_of_the_run(runs: dict[str, Path], mode: str) -> None:
+    ended = evaluate(
+        runs[mode], "--json", "--dtype", "fp32", "--device", "cpu", "--batch", 4, "--max-new-tokens", 6
+    )
+    scores, result = json.loads(ended.out), json_of(runs[mode] / "result.json")
+    assert (
+        scores["tuned"]["loss"] == result["test_loss"] and scores["base"]["loss"] == result["base_test_loss"]
+    )
+    for name in ("rouge1", "rouge2", "rougeL", "exact_match", "token_accuracy"):
+        assert scores["tuned"][name] == result[name]
+
+
+@pytest.mark.parametrize("asked, order", [("lora,full", ["lora", "full"]), ("all", list(MODES))])
+def test_several_modes_end_in_one_table(
+    common: list[str], tmp_path: Path, asked: str, order: list[str]
+) -> None:
+    out = trained(*common, "--mode", asked, "--steps", 3, "--out", tmp_path / "x", "--seed", 3)
+    results = json_of(tmp_path / "x" / "compare.json")
+    assert [result["mode"] for result in results] == order
+    for result in results:
+        assert json_of(tmp_path / "x" / result["mode"] / "result.json").items() <= result.items()
+    assert len({result["base_test_loss"] for result in results}) == 1  # the same base on the same rows
+    table = [line for line in out.splitlines() if line.startswith("| ")]
+    assert [re.split(r" *\| *", line)[1] for line in table[: 1 + len(order)]] == ["mode", *order]
+    for mode in order:  # each is a run of its own for eval.py, and what it would have been alone
+        assert evaluate(tmp_path / "x" / mode, "--prompt", "1: lunch =", "--max-new-tokens", 2).code == 0
+    trained(*common, "--mode", order[-1], "--steps", 3, "--out", tmp_path / "alone", "--seed", 3)
+    if order[-1] != "prompt" and "prompt" not in order:
+        alone, one = (
+            tensors(f / "tuned.safetensors") for f in (tmp_path / "alone", tmp_path / "x" / order[-1])
+        )
+        assert all(torch.equal(alone[name], one[name]) for name in one)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_accumulating_is_the_same_step(common: list[str], tmp_path: Path, mode: str) -> None:
+    """8 rows at once and 8 times one: ragged rows weigh by their target tokens, not by their batch."""
+    arguments = [*common, "--mode", mode, "--steps", 5, "--order", "file", "--lr", "1e-3"]
+    for batch, times in ((8, 1), (1, 8), (3, 3)):
+        rows = ["--batch", batch, "--accumulate", times, "--out", tmp_path / f"{batch}"]
+        assert train(*arguments, *rows).code == 0
+    assert step_losses(tmp_path / "1") == pytest.approx(step_losses(tmp_path / "8"), abs=2e-6)
+    assert step_losses(tmp_path / "3")[0] != pytest.approx(step_losses(tmp_path / "8")[0], abs=1e-4)  # 9 rows
+    one, eight = (tensors(tmp_path / batch / "last.safetensors") for batch in ("1", "8"))
+    for name in one:
+        if not name.startswith("tuned."):
+            continue
+        a, b = one[name].float(), eight[name].float()
+        if name.endswith("c_attn.bias"):  # softmax ignores a key's bias: its gradient is rounding noise alone
+            a, b = (torch.cat([t[:24], t[48:]]) for t in (a, b))
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-3)
+
+
+def test_loss_is_that_of_completions_and_their_end(model_folder: Path, pairs: Path) -> None:
+    model = weights.load(str(model_folder))
+    rows = rows_of(pairs, model_folder)[:5]
+    wanted = count = 0.0
+    for row in rows:
+        logits = model.logits(model.hidden(torch.tensor([row.ids[:-1]])))[0]
+        wanted += F.cross_entropy(
+            logits[row.n_prompt - 1 :], torch.tensor(row.ids[row.n_prompt :]), reduction="sum"
+        )
+        count += len(row.ids) - row.n_prompt
+        assert row.ids[-1] == model.config.eos_token_id and row.ids.count(row.ids[-1]) == 1
+    loss, _ = script.train_step(model, [rows[:2], rows[2:]], 0.0)
+    assert loss == pytest.approx(wanted.item() / count, rel=1e-6)
+
+
+def test_clip_bounds_the_norm_of_the_whole_gradient(model_folder: Path, pairs: Path) -> None:
+    rows, norms = rows_of(pairs, model_folder)[:4], {}
+    for clip in (0.0, 0.5, 1e6):
+        model = weights.load(str(model_folder))
+        _, before = script.train_step(model, [rows], clip)
+        after = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+        norms[clip] = (before, after)
+    assert (
+        norms[0.0] == norms[1e6]
+        and norms[0.0][0] == pytest.approx(norms[0.0][1], rel=1e-4)
+        and norms[0.0][0] > 1
+    )
+    assert norms[0.5][0] == norms[0.0][0] and norms[0.5][1] == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedule_is_its_formula(common: list[str], tmp_path: Path, schedule: str) -> None:
+    options = f"--mode prompt --steps 20 --lr 0.01 --warmup-ratio 0.2 --schedule {schedule} --patience 0"
+    trained(*common, *options.split(), "--out", tmp_path / "x")
+    found = [line["lr"] for line in log_of(tmp_path / "x") if "lr" in line]
+    warm = [0.01 * step / 4 for step in (1, 2, 3, 4)]
+    done = [step / 16 for step in range(16)]
+    cosine = [0.01 * math.cos(math.pi * d / 2) ** 2 for d in done]
+    rest = {"cosine": cosine, "linear": [0.01 * (1 - d) for d in done], "constant": [0.01] * 16}[schedule]
+    assert found == pytest.approx(warm + rest, rel=1e-9)
+
+
+def test_warm_up_of_nothing_and_of_everything() -> None:
+    assert script.lr_factor(0, 10, "linear", 0.0) == 1.0
+    assert [script.lr_factor(step, 4, "cosine", 1.0) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert script.lr_factor(0, 1, "cosine", 0.06) == 1.0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_biases_norms_and_prompt_do_not_decay(model_folder: Path, mode: str) -> None:
+    model = weights.load(str(model_folder))
+    options = {"adapter": {"adapter_norms": True}, "selective": {"train": "top:1+bias,mlp"}}.get(mode, {})
+    modes.apply(model, mode, modes.MODES[mode].Options(**options))
+    optimizer = script.make_optimizer(model, 0.25, 0.125)
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    tuned = modes.tuned_parameters(model)
+    assert len(decay) == len(tuned) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for name, parameter in tuned.items():
+        spared = name.endswith("bias") or "ln_" in name or name == "prompt.weight"
+        assert decay[parameter] == (0.0 if spared else 0.125), name
+    assert all(group["lr"] == 0.25 for group in optimizer.param_groups)
+
+
+def test_overfitting_stops_early_with_the_best_weights(
+    common: list[str], tmp_path: Path, model_folder: Path
+) -> None:
+    pairs = write_pairs(tmp_path / "few", rows=3, seed=1)
+    options = "--mode full --lr 3e-3 --steps 300 --eval-every 5 --patience 2 --schedule constant --batch 3"
+    out = trained(*common, *options.split(), "--data", pairs, "--out", tmp_path / "x")
+    result, log = json_of(tmp_path / "x" / "result.json"), log_of(tmp_path / "x")
+    validations = [line for line in log if "val_loss" in line]
+    assert result["stopped_early"] and result["steps"] < 300 and "stopped early" in out
+    assert result["steps"] == validations[-1]["step"] == result["best_step"] + 2 * 5
+    losses = [line["val_loss"] for line in validations]
+    assert losses[-3] == min(losses) == result["best_val_loss"] < losses[-1]  # validation turned up
+    assert validations[-1]["train_loss"] < validations[-3]["train_loss"]  # while training went on down
+    best, last = (tensors(tmp_path / "x" / name) for name in ("tuned.safetensors", "last.safetensors"))
+    assert any(not torch.equal(best[name], last[f"tuned.{name}"]) for name in best)
+    model = weights.load(str(model_folder))
+    modes.apply(model, "full", modes.MODES["full"].Options())
+    modes.load_tuned(model, best, "")
+    found, _ = data.load_examples(data.DataOptions(str(pairs)), 0, model, 96, {"val": None, "test": None})
+    assert metrics.measure_losses(model, found["val"], 3).loss == result["best_val_loss"]
+    assert metrics.measure_losses(model, found["test"], 3).loss == result["test_loss"]
+
+
+def test_a_tuned_model_ends_its_text(common: list[str], tmp_path: Path, model_folder: Path) -> None:
+    """Memorised rows come back exactly, and generation stops there although it might go on."""
+    rows = [("Say lunch:", "lunch"), ("Say it late:", "late"), ("Say a meeting is:", "a meeting")]
+    for split in ("train", "val", "test"):
+        text = "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows)
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        (tmp_path / "copy" / f"{split}.jsonl").write_text(text)
+    options = "--mode full --lr 1e-2 --steps 120 --batch 3 --patience 0 --max-new-tokens 30"
+    out = trained(*common, *options.split(), "--data", tmp_path / "copy", "--out", tmp_path / "x")
+    result = json_of(tmp_path / "x" / "result.json")
+    assert result["exact_match"] == 1.0 and result["rougeL"] == 1.0 and result["test_loss"] < 0.1
+    assert "3 of its 3 different prompts also stand in train" in out
+    for prompt, completion in rows:
+        ended = evaluate(tmp_path / "x", "--prompt", prompt, "--max-new-tokens", 40, "--dtype", "fp32")
+        assert ended.out == f" {completion}\n"
+
+
+@pytest.mark.parametrize("mode, dropout", [("lora", "--dropout"), ("full", "--model-dropout")])
+def test_seed_decides_everything(common: list[str], tmp_path: Path, mode: str, dropout: str) -> None:
+    found = []
+    for number, seed in enumerate((5, 5, 6)):
+        torch.manual_seed(number)  # whatever was drawn before
+        arguments = [
+            "--mode",
+            mode,
+            "--steps",
+            6,
+            dropout,
+            0.2,
+            "--seed",
+            seed,
+            "--out",
+            tmp_path / f"{number}",
+        ]
+        trained(*common, *arguments)
+        found.append(tensors(tmp_path / f"{number}" / "last.safetensors"))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert step_losses(tmp_path / "0") == step_losses(tmp_path / "1") != step_losses(tmp_path / "2")
+    assert not any(torch.equal(t, found[2][name]) for name, t in found[0].items()
+                   if name.startswith("tuned.") and not name.endswith("bias"))  # fmt: skip
+
+
+def test_epochs_count_whole_passes(
+    common: list[str], tmp_path: Path, model_folder: Path, pairs: Path
+) -> None:
+    """24 rows in 2 batches of 5 a step: 3 steps an epoch, the last one of 4 rows; every row once an epoch."""
+    trained(
+        *common, "--mode", "prompt", "--epochs", 2, "--batch", 5, "--accumulate", 2, "--out", tmp_path / "x"
+    )
+    assert len(step_losses(tmp_path / "x")) == 6
+    rows = rows_of(pairs, model_folder)
+    options = script.TrainOptions(batch=5, accumulate=2)
+    steps = script.steps_from(rows, options, 0)
+    epochs = [[next(steps) for _ in range(3)] for _ in range(3)]
+    for epoch in epochs:
+        assert [len(step) for step in epoch] == [2, 2, 1]
+        assert sorted(id(row) for step in epoch for batch in step for row in batch) == sorted(map(id, rows))
+    assert epochs[0] != epochs[1]
+    resumed = script.steps_from(rows, options, 4)
+    assert [next(resumed) for _ in range(5)] == epochs[1][1:] + epochs[2]
+
+
+def test_help_loads_neither_model_nor_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    for module, name in (
+        (weights, "load"),
+        (weights, "find_folder"),
+        (data, "load_examples"),
+        (data, "read_text"),
+    ):
+        monkeypatch.setattr(module, name, refuse)
+    ended = train("--help", "--model", "./nowhere", "--out", tmp_path / "x")
+    assert ended.code == 0 and not ended.err and not list(tmp_path.iterdir())
+    for flag in (
+        "--mode",
+        "--rank",
+        "--train",
+        "--prompt-tokens",
+        "--bottleneck",
+        "--template",
+        "--resume",
+        "--seed",
+    ):
+        assert flag in ended.out
+    for mode in MODES:
+        assert f"mode {mode}" in ended.out or mode == "full"
+    process_ended = process("train.py", "--help", cwd=tmp_path)
+    assert process_ended.code == 0 and "usage: train.py" in process_ended.out
+
+
+def test_configuration_is_printed_with_its_origins(common: list[str], tmp_path: Path) -> None:
+    arguments = ["--mode", "lora", "--steps", 2, "--rank", 3, "--out", tmp_path / "x"]
+    out = trained(*common, *arguments)
+    assert "  rank = 3  (command line)\n" in out and "  lr = 0.001  (lora's default)\n" in out
+    by_default = next(line for line in out.splitlines() if line.startswith("  by default: "))
+    assert "alpha 16.0" in by_default and "seed 0" in by_default and "rank" not in by_default
+    origins = json_of(tmp_path / "x" / "config.json")["origins"]
+    assert origins["rank"] == [3, "command line"] and origins["alpha"] == [16.0, "default"]
+    assert origins["weight_decay"] == [0.0, "lora's default"]
+
+
+def test_without_out_runs_are_numbered(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained(*common, "--steps", 1)
+    ended = process("train.py", *common, "--steps", 2, cwd=tmp_path)
+    assert ended.code == 0 and ended.err == ""
+    assert "lora step 2/2  train" in ended.out and "\r" not in ended.out  # plain lines: stdout is no terminal
+    for number in (1, 2):
+        assert json_of(tmp_path / "runs" / f"lora-{number}" / "result.json")["steps"] == number
+
+
+def test_general_text_gives_forgetting(common: list[str], tmp_path: Path, texts: tuple[str, ...]) -> None:
+    (tmp_path / "general.txt").write_text("\n".join(texts), encoding="utf-8")
+    trained(
+        *common,
+        "--mode",
+        "lora",
+        "--steps",
+        6,
+        "--general",
+        tmp_path / "general.txt",
+        "--out",
+        tmp_path / "x",
+    )
+    result = json_of(tmp_path / "x" / "result.json")
+    ended = evaluate(tmp_path / "x", "--json", "--batch", 4, "--max-new-tokens", 6, "--dtype", "fp32")
+    scores = json.loads(ended.out)
+    change = scores["tuned"]["general_loss"] - scores["base"]["general_loss"]
+    assert result["forgetting"] == pytest.approx(change, abs=1e-6) and change != 0
+
+
+def test_a_mode_that_trains_nothing_is_an_error(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modes.full, "apply", lambda model, options: None)
+    ended = train(*common, "--mode", "full", "--steps", 2, "--out", tmp_path / "x")
+    assert ended.code == 2 and "nothing to train" in ended.err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("mode", ["full", "prompt"])
+def test_tuned_parameters_that_equal_their_start_are_an_error(
+    common: list[str], tmp_path: Path, mode: str
+) -> None:
+    ended = train(
+        *common, "--mode", mode, "--steps", 2, "--lr", 1e-30, "--weight-decay", 0, "--out", tmp_path / "x"
+    )
+    assert ended.code == 2 and "equal their start" in ended.err and "--lr" in ended.err
+    assert not (tmp_path / "x" / "result.json").exists()
+
+
+def test_a_run_without_an_optimizer_step_back_is_the_base(make_gpt: Callable) -> None:
+    """The seam the loop relies on: a step's gradients are gone before the next one's."""
+    model = make_gpt()
+    rows = [Example([1, 2, 3, 96], 2, Pair("a", "b", "x:1")), Example([4, 5, 96], 1, Pair("c", "d", "x:2"))]
+    first, _ = script.train_step(model, [rows], 0.0)
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = None
+    again, _ = script.train_step(model, [rows[:1], rows[1:]], 0.0)
+    assert again == pytest.approx(first, rel=1e-6)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name], atol=1e-6, rtol=1e-4)
+
+
+def test_steps_that_are_not_finite_are_refused_by_name(make_gpt: Callable, tmp_path: Path) -> None:
+    model = make_gpt()
+    rows = [[Example([1, 2, 96], 1, Pair("a", "b", "train.jsonl:7"))]]
+    script.train_step(model, rows, 0.0)
+    model.h[1].mlp.c_fc.weight.grad[0, 0] = math.inf
+    with pytest.raises(UserError, match=r"step 1: .*h\.1\.mlp\.c_fc\.weight.*train\.jsonl:7"):
+        script.refuse_step(model, math.nan, rows, script.TrainOptions(), script.Progress(), tmp_path)
