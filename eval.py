@@ -18,7 +18,7 @@ from minift.errors import UserError, run_script
 from minift.generate import generate
 from minift.machine import DEVICES, DTYPES, choose_device, choose_dtype
 from minift.model import GPT
-from minift.options import Parser, add_options, option, resolve
+from minift.options import Parser, add_options, flag, option, resolve
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,35 @@ def load_base(asked: Config, options: EvalOptions) -> GPT:
     model = weights.load(options.model or asked.train.model)
     model.requires_grad_(False)
     model.set_compute_dtype(choose_dtype(options.dtype, device))
+    data.require_tokenizer(model)
     return model.to(device)
+
+
+def load_tuned(folder: Path, asked: Config, model: GPT, base_name: str) -> str:
+    """What the run tuned into its untouched base, if config.json and the file agree; gives the mode's name."""
+    belongs = checkpoint.identity(model, asked.mode, asked.own, base_name)
+    return checkpoint.load_tuned(folder, model, base_name, belongs)
+
+
+def check(options: EvalOptions, args: Any) -> None:
+    """Refuse numbers and combinations of options that make no sense before anything is loaded."""
+    at_least = {"test_rows": 1, "shown": 0, "batch": 1, "max_new_tokens": 1, "seed": 0, "temperature": 0, "top_k": 1}
+    for name, least in at_least.items():
+        if (value := getattr(options, name)) is not None and value < least:
+            raise UserError(f"{flag(name)} {value}: must be at least {least}")
+    for name in ("temperature", "top_k", "top_p", "seed"):
+        if getattr(args, name) is not None and options.prompt is None:
+            raise UserError(f"{flag(name)} is for generating: it needs --prompt TEXT")
+    if options.json and (options.prompt is not None or options.save or options.describe):
+        raise UserError("--json prints scores: leave out --prompt, --save and --describe, or --json")
 
 
 def complete(model: GPT, options: EvalOptions) -> str:
     """The continuation of --prompt."""
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8") if options.prompt == "-" else options.prompt
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt -: standard input is not UTF-8 text: {error}") from None
     ids = data.tokenize(model.tokenizer, [text])[0]
     new = generate(model, [ids], options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
                    top_p=options.top_p, seed=options.seed, stop=model.config.eos_token_id)[0]
@@ -84,19 +107,20 @@ def main(arguments: list[str]) -> None:
     add_options(parser, "options", EvalOptions)
     args = parser.parse_args(arguments)
     options, _ = resolve(EvalOptions, args, {})
+    check(options, args)
     folder = Path(args.run)
     asked = config.load(folder)
     base_name = options.model or asked.train.model
     if options.save:
         model = weights.load(base_name)
-        mode = checkpoint.load_tuned(folder, model, base_name)
+        mode = load_tuned(folder, asked, model, base_name)
         modes.merge(model, mode)
         weights.save_folder(model, Path(options.save))
         print(f"{options.save}: {mode} of {folder} as a Hugging Face folder")
         return
     model = load_base(asked, options)
     if options.prompt is not None or options.describe:
-        mode = checkpoint.load_tuned(folder, model, base_name)
+        mode = load_tuned(folder, asked, model, base_name)
         if options.prompt is not None:
             print(complete(model, options))
         if options.describe:
@@ -116,7 +140,7 @@ def score_both(folder: Path, asked: Config, options: EvalOptions, model: GPT, ba
     general_file = options.general or asked.train.general
     general = data.read_text(general_file) if general_file else None
     scores = {"base": metrics.score(model, examples["test"], options.batch, options.max_new_tokens, general)}
-    mode = checkpoint.load_tuned(folder, model, base_name)
+    mode = load_tuned(folder, asked, model, base_name)
     scores["tuned"] = metrics.score(model, examples["test"], options.batch, options.max_new_tokens, general)
     if options.json:
         print(json.dumps(scores))

@@ -125,8 +125,8 @@ def validate(model: GPT, val: list[Example], options: TrainOptions, folder: Path
     """The validation loss; keeps the parameters if it is the best so far, and decides on early stopping."""
     val_loss = metrics.measure_losses(model, val, options.batch).loss
     if not math.isfinite(val_loss):
-        raise UserError(f"step {progress.step}: the validation loss is {val_loss}; what {folder} holds is from "
-                        "before and intact: lower --lr")
+        raise UserError(f"step {progress.step}: the validation loss is {val_loss}; what {folder} holds is "
+                        "from before and intact: lower --lr")
     if progress.window_steps:
         progress.train_loss = progress.window_loss / progress.window_steps
     progress.window_loss, progress.window_steps = 0.0, 0
@@ -200,7 +200,8 @@ def train(model: GPT, asked: Config, rows: dict[str, list[Example]], folder: Pat
                 checkpoint.save_last(folder, model, belongs, optimizer, progress)
             if signals.received:
                 whole = folder if options.mode == mode else folder.parent  # a comparison goes on as one
-                print(f"stopped after step {progress.step}; python train.py --resume {whole} goes on from there")
+                print(f"stopped after step {progress.step}; python train.py --resume {whole} goes on from "
+                      "there")
                 sys.exit(128 + signals.received)
     if progress.stopped:
         print(f"{mode}: stopped early, {options.patience} validations without a better loss")
@@ -257,18 +258,20 @@ def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str
 
 def check_modes(asked: dict[str, Config], base: GPT) -> None:
     """Refuse what a mode cannot do with this base before anything is scored or written."""
+    data.require_tokenizer(base)
     for mode, one in asked.items():
         trial = weights.blank(base.folder)
         try:
             prepare(trial, one)
         except RuntimeError as error:  # even without memory, a tensor can be too large
-            raise UserError(f"--mode {mode} cannot be applied to {base.folder} with these options: {error}") from None
+            raise UserError(f"--mode {mode} cannot be applied to {base.folder} with these options: "
+                            f"{error}") from None
         if not modes.tuned_parameters(trial):
             raise UserError(f"--mode {mode} leaves nothing to train in {base.folder} with these options")
         room = trial.config.n_positions - trial.prompt_tokens
         if one.train.max_new_tokens >= room:
-            raise UserError(f"--max-new-tokens {one.train.max_new_tokens} leaves no room for a prompt in the {room} "
-                            "positions of the model: lower it")
+            raise UserError(f"--max-new-tokens {one.train.max_new_tokens} leaves no room for a prompt in the "
+                            f"{room} positions of the model: lower it")
 
 
 def main(arguments: list[str]) -> None:
@@ -311,7 +314,8 @@ def main(arguments: list[str]) -> None:
         before = metrics.score(base, rows["test"], options.batch, options.max_new_tokens, general)
         shape = weights.blank(base.folder)
         del base
-        done = {mode: checkpoint.finished(folders[mode]) if several and options.resume else None for mode in asked}
+        again = several and options.resume
+        done = {mode: checkpoint.finished(folders[mode]) if again else None for mode in asked}
         results = [done[mode] or tune(one, shape, rows, general, before, folders[mode])
                    for mode, one in asked.items()]
         if several:

@@ -102,8 +102,8 @@ def course(options: Any, rows: dict[str, list[Example]]) -> dict[str, str]:
 
 
 def check(metadata: dict[str, str], belongs: dict[str, str], path: Path) -> None:
-    """Raises UserError, with the difference, unless a file belongs where it is about to be used. `belongs` has
-    base and fingerprint, and of the rest what must agree."""
+    """Raises UserError, with the difference, unless a file belongs where it is about to be used. `belongs`
+    has base and fingerprint, and of the rest what must agree."""
     missing = {"mode", "options", "base", "fingerprint", *belongs} - metadata.keys()
     if missing:
         raise UserError(f"{path} is not a run's: its metadata has no {', '.join(sorted(missing))}")
@@ -115,11 +115,11 @@ def check(metadata: dict[str, str], belongs: dict[str, str], path: Path) -> None
     differ = [f"{name} {there.get(name)} and not {here.get(name)}" for name in there | here
               if there.get(name) != here.get(name)]
     if differ:
-        raise UserError(f"{path} was made with other options than config.json has: {', '.join(differ)}; a run "
-                        "goes on with the options it was started with")
+        raise UserError(f"{path} was made with other options than config.json has: {', '.join(differ)}; a "
+                        "run goes on with the options it was started with")
     if metadata.get("rows") != belongs.get("rows", metadata.get("rows")):
-        raise UserError(f"{path} was made on other training or validation rows than there are now: a run goes on "
-                        "with the rows it was started with")
+        raise UserError(f"{path} was made on other training or validation rows than there are now: a run goes "
+                        "on with the rows it was started with")
 
 
 def settings(metadata: dict[str, str], path: Path) -> dict[str, Any]:
@@ -184,8 +184,8 @@ def save_last(folder: Path, model: GPT, belongs: dict[str, str], optimizer: torc
     """Everything needed to go on as if nothing had happened. UserError: the parameters are not finite."""
     broken = [name for name, p in modes.tuned_parameters(model).items() if not p.isfinite().all()]
     if broken:
-        raise UserError(f"step {progress.step}: {broken[0]} is no longer finite; {folder / LAST} is kept as it was "
-                        "before: lower --lr")
+        raise UserError(f"step {progress.step}: {broken[0]} is no longer finite; {folder / LAST} is kept as "
+                        "it was before: lower --lr")
     tensors = {"random.cpu": torch.get_rng_state()}
     if model.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(model.device)

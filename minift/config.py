@@ -175,7 +175,8 @@ def load_all(folder: Path) -> list[Config]:
     if not path.is_file():
         one = load(folder)
         if one.mode != one.train.mode and (folder.parent / path.name).is_file():
-            raise UserError(f"{folder} is part of a comparison: --resume {folder.parent} goes on with all of it")
+            raise UserError(f"{folder} is part of a comparison: --resume {folder.parent} goes on with all "
+                            "of it")
         return [one]
     try:
         chosen = [result["mode"] for result in json.loads(path.read_text(encoding="utf-8"))]

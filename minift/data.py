@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, tokenizer_faults
 from .model import GPT, IGNORE
 from .options import option
 from .pairs import READERS, Pair, read_file
@@ -161,7 +161,8 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     plain.encode_special_tokens = True
     plain.no_truncation()
     plain.no_padding()
-    return [encoding.ids for encoding in plain.encode_batch(texts, add_special_tokens=False)]
+    with tokenizer_faults("the tokenizer fails on one of the texts"):
+        return [encoding.ids for encoding in plain.encode_batch(texts, add_special_tokens=False)]
 
 
 def encode(pairs: list[Pair], tokenizer: Tokenizer, eos_id: int,
@@ -245,15 +246,18 @@ def collate(batch: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, targets
 
 
+def require_tokenizer(model: GPT) -> None:
+    if model.tokenizer is None:
+        raise UserError(f"{model.folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, "
+                        "there")
+
+
 def load_examples(options: DataOptions, seed: int, model: GPT, room: int,
                   limits: dict[str, int | None]) -> tuple[dict[str, list[Example]], list[str]]:
     """The splits named in `limits` as tokens, at most so many rows of each, and the report to print.
 
     A row takes at most `room` of the model's positions, or --max-length if that is less. Raises UserError.
     """
-    if model.tokenizer is None:
-        raise UserError(f"{model.folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, "
-                        "there")
     pairs, eos_id = read_pairs(options, seed), model.config.eos_token_id
     examples, lines = {}, list(pairs.notes)
     for name, limit in limits.items():

@@ -1,14 +1,34 @@
 """The one exception that stands for a mistake of the person at the keyboard, and how a script ends on it."""
 
+import contextlib
 import io
+import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class UserError(Exception):
     """What is wrong, where, and what to do about it, in one line. Everything else that is raised is a bug."""
+
+
+@contextlib.contextmanager
+def tokenizer_faults(where: str) -> Iterator[None]:
+    """Turns all that the tokenizers package raises into a UserError. A panic of its Rust code is no Exception
+    and prints itself first, so standard error leads nowhere meanwhile."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())[:200]}") from None
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def out_of_memory(error: Exception) -> bool:

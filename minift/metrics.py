@@ -16,6 +16,8 @@ from .errors import UserError
 from .generate import generate
 from .model import GPT, IGNORE
 
+LOGITS = 128  # tokens whose logits exist at one time: below what a training step takes
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -80,10 +82,12 @@ def measure_losses(model: GPT, examples: list[Example], batch: int) -> Losses:
     for start in range(0, len(ordered), batch):
         ids, targets = (t.to(model.device) for t in collate(ordered[start : start + batch], pad_id=0))
         learned = targets != IGNORE
-        logits = model.logits(model.hidden(ids)[learned])  # (target tokens, V)
-        loss += F.cross_entropy(logits, targets[learned], reduction="sum").item()
-        right += (logits.argmax(-1) == targets[learned]).sum().item()
-        count += len(logits)
+        hidden, wanted = model.hidden(ids)[learned], targets[learned]  # (n, C), (n,)
+        for h, target in zip(hidden.split(LOGITS), wanted.split(LOGITS), strict=True):
+            logits = model.logits(h)
+            loss += F.cross_entropy(logits, target, reduction="sum").item()
+            right += (logits.argmax(-1) == target).sum().item()
+        count += len(wanted)
     model.train(was_training)
     return Losses(loss / count, safe_exp(loss / count), right / count)
 

@@ -78,7 +78,7 @@ def from_json(options: type[T], raw: Any, where: str) -> T:
     hints = typing.get_type_hints(options)
     for name, value in raw.items():
         if name not in hints:
-            raise UserError(f"{where} cannot be used: {name!r:.60} is no option of this version: update minift")
+            raise UserError(f"{where} cannot be used: {name!r:.60} is no option of this version: update it")
         kinds = typing.get_args(hints[name]) or (hints[name],)
         choices = options.__dataclass_fields__[name].metadata.get("choices")
         if type(value) not in kinds and not (type(value) is int and float in kinds) or (

@@ -1,12 +1,14 @@
 """What a run will cost, before it starts: python train.py --plan, without weights and without a network.
 
-No formula stands here: the real training step of the real model in the real mode runs on torch's fake tensors,
-which have a shape, a dtype and a device, but no memory. So the plan follows the code, whatever changes there.
+No formula stands here: the real training step of the real model in the real mode runs on torch's fake
+tensors, which have a shape, a dtype and a device, but no memory. So the plan follows the code, whatever
+changes there.
 """
 
 import copy
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +45,7 @@ COLUMNS = {
 ASSUMED_TOKENS = 512  # of a row, where no rows are at hand; a fifth of them are targets
 
 aten = torch.ops.aten
-LEFT_MATRIX = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1}  # which argument it is
+LEFT_MATRIX = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1}  # its place in args
 
 
 class Meter(TorchDispatchMode):
@@ -88,7 +90,7 @@ def flops(func: Any, args: Any, result: Any) -> int:
     if packet in LEFT_MATRIX:
         return 2 * result.numel() * args[LEFT_MATRIX[packet]].shape[-1]
     if "scaled_dot_product" in packet.__name__:
-        backward = packet.__name__.endswith("backward")  # which makes the scores again, and four products more
+        backward = packet.__name__.endswith("backward")  # the scores once more, and four products
         q, k = args[1:3] if backward else args[:2]
         return 2 * (5 if backward else 2) * q.numel() * k.shape[-2]
     return 0
@@ -114,8 +116,8 @@ class Answers(TorchDispatchMode):
 
 
 def blank(name: str) -> GPT:
-    """The model of a name in SIZES, or of a folder, on the meta device: its shapes, and the folder's tokenizer
-    where there is one, but no weights. Raises UserError."""
+    """The model of a name in SIZES, or of a folder, on the meta device: its shapes, and the folder's
+    tokenizer where there is one, but no weights. Raises UserError."""
     if name in SIZES:
         with torch.device("meta"):
             return GPT(SIZES[name])
@@ -143,7 +145,8 @@ def predict(asked: Config, shape: GPT, batch: list[Example], prepare: Callable[.
         model.load_state_dict(placed, assign=True)  # as model.to(device) does, which refuses fake tensors
         del placed
         model.train()
-        optimizer, tuned = make_optimizer(model, options.lr, options.weight_decay), modes.tuned_parameters(model)
+        optimizer = make_optimizer(model, options.lr, options.weight_decay)
+        tuned = modes.tuned_parameters(model)
 
         before = meter.live
         ids, targets = collate(batch, pad_id=0)
@@ -176,11 +179,10 @@ def nbytes(tensors: Any) -> int:
 def report(asked: dict[str, Config], prepare: Callable[..., None],
            make_optimizer: Callable[..., torch.optim.Optimizer], train_step: Callable[..., Any],
            widest_batch: Callable[..., list[Example]]) -> str:
-    """What train.py --plan prints: the step that is planned, a row for each mode, and notes. The four
-    functions are train.py's. Raises UserError."""
+    """What train.py --plan prints: the step that is planned and a row for each mode. The four functions are
+    train.py's. Raises UserError."""
     first = next(iter(asked.values()))
-    options, device = first.train, choose_device(first.train.device)
-    shape, resident = blank(options.model), resident_memory(device)
+    options, device, shape = first.train, choose_device(first.train.device), blank(first.train.model)
     room = shape.config.n_positions - max(one.prompt_tokens for one in asked.values())
     if first.data.data and shape.tokenizer is not None:
         rows, _ = load_examples(first.data, options.seed, shape, room, {"train": None})
@@ -188,18 +190,42 @@ def report(asked: dict[str, Config], prepare: Callable[..., None],
     else:
         tokens = min(first.data.max_length or ASSUMED_TOKENS, room)
         batch = [Example([0] * tokens, tokens - max(1, tokens // 5), None)] * options.batch
-        origin = "assumed; --data and a model's folder with its tokenizer would tell"
-    results = []
-    for one in asked.values():
-        result = predict(one, shape, batch, prepare, make_optimizer, train_step)
-        results.append(result | {"predicted_peak_bytes": result["predicted_peak_bytes"] + resident})
+        origin = "assumed: give --data and a folder with a tokenizer to plan with real rows"
+
+    def costs(one: Config) -> dict[str, Any]:
+        return predict(one, shape, batch, prepare, make_optimizer, train_step)
+
+    results = [costs(one) for one in asked.values()]
+    resident = resident_memory(device)  # after the first plan, as planning is part of every run
+    for result in results:
+        result["predicted_peak_bytes"] += resident
     dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
-    targets = sum(len(example.ids) - example.n_prompt for example in batch)
-    paper = ", on paper" if options.model == "gpt3-175b" else ""
-    lines = [f"plan of {options.model}{paper}: {sum(p.numel() for p in shape.parameters()):,} parameters, on "
-             f"{device} in {dtype}",
-             f"a step: {len(batch)} rows of up to {max(len(e.ids) for e in batch)} tokens, {targets:,} of all "
-             f"tokens are targets ({origin})",
-             f"peak: of all live tensors, and {compare.size(resident)} that this process takes already",
+    lines = [f"plan of {options.model}: {sum(p.numel() for p in shape.parameters()):,} parameters, on "
+             f"{device} in {dtype}; nothing is loaded",
+             f"a batch of {len(batch)} rows with {sum(len(e.ids) for e in batch):,} tokens, of which "
+             f"{sum(len(e.ids) - e.n_prompt for e in batch):,} are targets ({origin})",
+             f"peak: all tensors alive at one time, and the {compare.size(resident)} in use without them",
              "", compare.table(results, COLUMNS)]
+    if options.model == "gpt3-175b":
+        in_bf16 = replace(first, train=replace(options, dtype="bf16"))
+        lines += ["", "on paper: " + beside_the_paper(in_bf16, costs)]
     return "\n".join(lines)
+
+
+def beside_the_paper(asked: Config, costs: Callable[[Config], dict[str, Any]]) -> str:
+    """Hu et al. 2021, section 4.2, on GPT-3 175B, and this plan's figures in the same units."""
+    full = costs(replace(asked, mode="full", own=modes.MODES["full"].Options()))
+    lora = costs(replace(asked, mode="lora", own=modes.MODES["lora"].Options(rank=4, targets="q,v")))
+
+    def parts(result: dict[str, Any]) -> str:
+        gb = {name: result[f"{name}_bytes"] / 1e9 for name in ("weights", "gradients", "optimizer")}
+        return (f"{sum(gb.values()):,.0f} GB ({', '.join(f'{name} {n:,.1f}' for name, n in gb.items())}) and "
+                f"{result['activations_bytes'] / 1e9:,.0f} GB of activations")
+
+    count = lora["trainable_parameters"]
+    return ("the LoRA paper says 1.2 TB of memory for full tuning and 350 GB for LoRA (r = 4 on q and v), "
+            "but not what is in them; 350 GB are the weights alone, in two bytes each. Computing in bf16, this "
+            f"plan has {parts(full)} for full tuning, whose weights, gradients and Adam moments are fp32; "
+            f"{parts(lora)} for LoRA, whose frozen weights are bf16. LoRA trains {count:,} parameters: "
+            f"{count * 2 / 1e6:.1f} MB in fp16, where the paper says 35 MB, and "
+            f"{lora['tuned_bytes'] / 1e6:.1f} MB as saved here, in fp32.")

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from . import safetensors
-from .errors import UserError
+from .errors import UserError, tokenizer_faults
 from .model import GPT, GPTConfig
 
 HUB = {
@@ -52,8 +52,13 @@ def blank(folder: Path) -> GPT:
     """The model that a folder's config.json describes, with its tokenizer, on the meta device: shapes, no
     weights. Raises UserError."""
     config = GPTConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
-    with torch.device("meta"):
-        model = GPT(config)
+    if config.n_layer > 1000:
+        raise UserError(f"{folder / 'config.json'}: n_layer is {config.n_layer}, and 1,000 is as far as this goes")
+    try:
+        with torch.device("meta"):
+            model = GPT(config)
+    except (RuntimeError, OverflowError, TypeError) as error:  # a tensor too large for torch to describe
+        raise UserError(f"{folder / 'config.json'}: no model can have these sizes: {error}") from None
     model.folder, model.tokenizer = folder, load_tokenizer(folder, config)
     return model
 
@@ -187,7 +192,7 @@ def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], whe
 def load_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer | None:
     """From tokenizer.json, or from vocab.json + merges.txt; None when the folder has neither."""
     whole, vocab, merges = (folder / file for file in TOKENIZER_FILES)
-    try:
+    with tokenizer_faults(f"{folder}: the tokenizer's files cannot be read"):
         if whole.is_file():
             tokenizer = Tokenizer.from_file(str(whole))
         elif vocab.is_file() and merges.is_file():
@@ -197,11 +202,9 @@ def load_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer | None:
             tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
         else:
             return None
-    except Exception as error:  # the tokenizers package raises a bare Exception for any file it cannot read
-        raise UserError(f"{folder}: the tokenizer's files cannot be read: "
-                        f"{' '.join(str(error).split())[:200]}") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.decode(tokenizer.encode("It works.").ids)
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if highest >= config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has token {highest}, and config.json a vocabulary of "
@@ -226,7 +229,12 @@ def save_folder(model: GPT, folder: Path) -> None:
 
     The model must hold GPT-2's parameters and no others (see modes.merge). The folder must be new or empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {error.strerror}; name another folder") from None
+    if used:
         raise UserError(f"{folder} exists and is not empty: name a new folder")
     with torch.device("meta"):
         names = list(GPT(model.config).state_dict())
@@ -235,7 +243,6 @@ def save_folder(model: GPT, folder: Path) -> None:
     for name in names:
         tensor = state[name].T if CONV1D.fullmatch(name) else state[name]
         tensors[f"transformer.{name}"] = tensor.float().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
     if model.folder is not None:
         config |= read_json(model.folder / "config.json")

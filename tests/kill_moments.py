@@ -7,6 +7,7 @@ line is the run that nothing interrupted. Children are forked, so that torch is 
 """
 
 import builtins
+import contextlib
 import hashlib
 import json
 import os
@@ -89,7 +90,7 @@ class Counter:
 
 
 def child(log: Path, arguments: list[str], last: int = 0, half: bool = False, delay: float = 0.0) -> int:
-    """Run train.py in a fork, killed at a call or after a delay if it says so; its exit code, -9 if killed."""
+    """Run train.py in a fork, killed at a call or after a delay if asked; its exit code, -9 if killed."""
     read, write = os.pipe()
     process = os.fork()
     if process == 0:
@@ -144,7 +145,10 @@ def survive(folder: Path, arguments: list[str], seed: int, calls: int, seconds: 
 
 def main() -> None:
     torch.set_num_threads(1)
+    train.plan.predict = lambda *_: {"predicted_peak_bytes": 0}  # takes longer than the run
     folder, first, count, arguments = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+    with open(folder / "warm.log", "w") as log, contextlib.redirect_stdout(log):  # what is imported late
+        train.main([*arguments, "--steps", "1", "--out", str(folder / "warm")])
     began = time.perf_counter()
     code = child(folder / "whole.log", [*arguments, "--out", str(folder / "whole")])
     seconds, calls = time.perf_counter() - began, child.calls

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
+
 import eval as eval_script
 import train as train_script
-from minift import safetensors
+from minift import plan, safetensors
 from minift.errors import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +24,19 @@ MODES = ("full", "selective", "lora", "prompt", "adapter")
 WORDS = "fridge broken landlord lunch meeting late cheap food golden palace price italian name tab".split()
 QUICK = ("--dtype", "fp32", "--device", "cpu", "--batch", "4", "--max-new-tokens", "6", "--test-rows", "6",
          "--val-rows", "6")  # fmt: skip
+
+
+@contextlib.contextmanager
+def one_thread(predict: bool) -> Iterator[None]:
+    """For shapes so small a second thread only waits for the first. To predict a run's memory takes longer
+    than such a run, so it is left out unless asked for."""
+    torch.set_num_threads(1)
+    with contextlib.ExitStack() as stack:
+        if not predict:
+            none = mock.patch.object(plan, "predict", lambda *_: {"predicted_peak_bytes": 0})
+            stack.enter_context(none)
+        yield
+    torch.set_num_threads(2)
 
 
 class Ended(NamedTuple):

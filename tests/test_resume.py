@@ -16,11 +16,11 @@ from scripts import (
     MODES,
     QUICK,
     ROOT,
-    command,
     evaluate,
     files,
     json_of,
     metrics,
+    one_thread,
     step_losses,
     tensors,
     train,
@@ -37,10 +37,9 @@ TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes", "resident_bytes", 
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
+def quick() -> Iterator[None]:
+    with one_thread(predict=False):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +155,9 @@ def test_sigkill_at_any_moment_loses_nothing(common: list[str], tmp_path: Path, 
     """10 moments for each mode: after seeded delays, and before, after or half-way through writes."""
     first = 10 * MODES.index(mode)
     arguments = [str(tmp_path), str(first), "10", *common, "--mode", mode, "--steps", "7"]
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "kill_moments.py"), *arguments], text=True,
-                          capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    kill = [sys.executable, str(ROOT / "tests" / "kill_moments.py"), *arguments]
+    single = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(kill, text=True, capture_output=True, timeout=300, env=single)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and len(lines) == 11, done.stderr
     whole, *survived = lines
@@ -169,15 +169,38 @@ def test_sigkill_at_any_moment_loses_nothing(common: list[str], tmp_path: Path, 
     assert len(killed) >= 8 and any("last" in m for m in killed) and any("delay" in m for m in killed)
 
 
+SLOW_STEP = """
+whole = train.train_step
+def step(model, *others):
+    result = whole(model, *others)
+    print("sleeping", flush=True)
+    time.sleep(60)
+    return result
+train.train_step = step
+"""
+SLOW_READING = """
+def load(*arguments):
+    print("sleeping", flush=True)
+    time.sleep(60)
+train.data.load_examples = load
+"""
+
+
 def start(arguments: list[Any], tmp_path: Path, code: str = "") -> subprocess.Popen:
     """train.py in a process of its own, with some code run in it before."""
-    before = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'; import train, time, os\n"
-    )
-    start_it = f"{before}{code}\nfrom minift.errors import run_script; run_script(train.main)"
-    return subprocess.Popen([sys.executable, "-c", start_it, *map(str, arguments)], cwd=tmp_path, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)  # fmt: skip
+    before = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from minift.errors import run_script
+train.plan.predict = lambda *_: {{"predicted_peak_bytes": 0}}
+{code}
+run_script(train.main)
+"""
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    run_it = [sys.executable, "-c", before, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(run_it, cwd=tmp_path, text=True, env=alone, **pipes)
 
 
 def wait_for_steps(folder: Path, process: subprocess.Popen, steps: int) -> None:
@@ -207,10 +230,7 @@ def test_the_first_signal_saves_and_says_how_to_go_on(
 def test_the_second_signal_ends_at_once(common: list[str], tmp_path: Path) -> None:
     """While a step sleeps for a minute, the first signal waits for it, and the second does not."""
     folder = tmp_path / "x"
-    slow = ("whole = train.train_step\n"
-            "def step(*a):\n    r = whole(*a)\n    print('sleeping', flush=True)\n    time.sleep(60)\n    return r\n"
-            "train.train_step = step")  # fmt: skip
-    process = start([*common, "--mode", "prompt", "--out", folder], tmp_path, slow)
+    process = start([*common, "--mode", "prompt", "--out", folder], tmp_path, SLOW_STEP)
     while process.stdout.readline() not in ("sleeping\n", ""):
         pass
     before = (folder / "last.safetensors").read_bytes()
@@ -225,9 +245,7 @@ def test_the_second_signal_ends_at_once(common: list[str], tmp_path: Path) -> No
 
 def test_ctrl_c_before_training_leaves_nothing(common: list[str], tmp_path: Path) -> None:
     """It arrives while the data are read: no traceback, exit code 130, no folder."""
-    slow = ("def load(*a):\n    print('sleeping', flush=True)\n    time.sleep(60)\n"
-            "train.data.load_examples = load")  # fmt: skip
-    process = start([*common, "--out", tmp_path / "x"], tmp_path, slow)
+    process = start([*common, "--out", tmp_path / "x"], tmp_path, SLOW_READING)
     while process.stdout.readline() not in ("sleeping\n", ""):
         pass
     process.send_signal(signal.SIGINT)
@@ -283,7 +301,3 @@ def test_a_run_killed_before_it_began_can_begin_again(common: list[str], tmp_pat
     (tmp_path / "x" / ".config.json.tmp").write_text("{")
     trained(*common, "--mode", "prompt", "--steps", 1, "--out", tmp_path / "x")
     assert ".config.json.tmp" not in set(files(tmp_path / "x"))
-
-
-def test_commands_are_those_of_the_scripts() -> None:
-    assert Path(command("train.py")[1]).is_file() and Path(command("eval.py")[1]).is_file()

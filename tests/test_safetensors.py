@@ -98,7 +98,7 @@ def test_changes_in_place_stay_out_of_the_file_and_tensors_outlive_it(tmp_path: 
     assert x.tolist() == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the mappings of a process are read on Linux")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's mappings")
 def test_reading_maps_each_tensor_until_it_is_freed(tmp_path: Path) -> None:
     path = tmp_path / "f"
     own.write(path, {f"layer{i}": torch.zeros(1 + i) for i in range(8)}, {})

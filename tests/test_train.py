@@ -16,6 +16,7 @@ from scripts import (
     evaluate,
     files,
     json_of,
+    one_thread,
     process,
     step_losses,
     tensors,
@@ -40,10 +41,9 @@ RESULT = {
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)  # for shapes so small a second thread only waits for the first
-    yield
-    torch.set_num_threads(2)
+def quick() -> Iterator[None]:
+    with one_thread(predict=False):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ TARGETS = ("q", "k", "v", "qkv", "o", "fc", "proj")
 
 @dataclass(frozen=True)
 class Options:
-    rank: int = option(8, "rank r of the update")
+    rank: int = option(8, "rank r of the update: beside a 512 x 64 matrix of 32,768 weights, r = 8 trains "
+                          "4,608, 86 % fewer")
     alpha: float = option(16.0, "the update is scaled by alpha / rank, or as --scaling says")
     dropout: float = option(0.0, "dropout on the update's input")
     targets: str = option("all", "matrices that get an update, a comma list of q, k, v, o (attention's "

@@ -46,7 +46,7 @@ def apply(model: GPT, options: Options) -> None:
         start = torch.randn(count, model.config.n_embd).to(model.device) * 0.02
     elif options.prompt_init == "text":
         if model.tokenizer is None:
-            raise UserError("--prompt-init text needs the model's tokenizer, and there is none: give its folder")
+            raise UserError("--prompt-init text needs the model's tokenizer, and there is none")
         ids = model.tokenizer.encode(options.prompt_text, add_special_tokens=False).ids
         if not ids:
             raise UserError("--prompt-text is empty: give at least one token to start from")
