@@ -83,7 +83,7 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
         add_options(parser, f"mode {name}", module.Options)
     args = parser.parse_args(arguments)
     if args.resume:
-        given = {name for name, value in vars(args).items() if value is not None and value is not False}
+        given = {name for name, value in vars(args).items() if value is not None}
         others = sorted(given - {"resume", "debug"})
         if others:
             raise UserError("--resume goes on with the options that the run was started with: leave out "
@@ -107,9 +107,14 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
     embedded = {"data": (str(TINY / "pairs"), "embedded")}
     if not args.model:
         embedded |= {"model": (str(TINY), "embedded"), "general": (str(TINY / "general.txt"), "embedded")}
+    if not args.data and not args.steps:
+        embedded["epochs"] = (1.0, "embedded")  # enough for it, as measured
+    rates = {} if args.model else json.loads((TINY / "learning_rates.json").read_text(encoding="utf-8"))
     configs = {}
     for mode in chosen:
         measured = {name: (value, f"{mode}'s default") for name, value in modes.MODES[mode].TRAINING.items()}
+        if mode in rates:
+            measured["lr"] = (rates[mode], "embedded")
         train, origins = resolve(TrainOptions, args, embedded | measured)
         pairs, data_origins = resolve(DataOptions, args, embedded)
         own, own_origins = resolve(modes.MODES[mode].Options, args, {})

@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help lists every option)")
+        raise UserError(f"{message:.300} ({self.prog} --help lists every option)")
 
 
 def finite(text: str) -> float:

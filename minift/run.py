@@ -32,12 +32,13 @@ def is_run(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def open_folder(folder: Path, overwrite: bool, resume: bool) -> Iterator[None]:
-    """A folder for a run, locked while in use: new, or emptied when `overwrite`, or as it is when `resume`.
+    """A folder for a run, locked while in use: new, or emptied when `overwrite`, or as it is when `resume`. A
+    new one in which nothing was saved is removed again.
 
     Raises UserError when it is there already, is not a run's, or another process works in it.
     """
     halves = [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]  # what a crash left half written
-    there = list(folder.iterdir()) if folder.is_dir() else []
+    new, there = not folder.exists(), list(folder.iterdir()) if folder.is_dir() else []
     old = [path for path in there if path.name != "lock" and path not in halves]
     if old and not resume and not overwrite:
         raise UserError(f"{folder} exists already: name another --out, or pass --overwrite to replace it")
@@ -52,7 +53,12 @@ def open_folder(folder: Path, overwrite: bool, resume: bool) -> Iterator[None]:
         lock(file, folder)
         for path in halves if resume else halves + old:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-        yield
+        try:
+            yield
+        except BaseException:
+            if new and not any(folder.rglob("*.safetensors")):  # it failed before there was a run
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def lock(file: TextIO, folder: Path) -> None:
@@ -108,6 +114,8 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is still "
                         "there") from None
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def blank(folder: Path) -> GPT:
         with torch.device("meta"):
             model = GPT(config)
     except (RuntimeError, OverflowError, TypeError) as error:  # a tensor too large for torch to describe
-        raise UserError(f"{folder / 'config.json'}: no model can have these sizes: {error}") from None
+        why = str(error).splitlines()[0][:100]
+        raise UserError(f"{folder / 'config.json'}: no model can have these sizes: {why}") from None
     model.folder, model.tokenizer = folder, load_tokenizer(folder, config)
     return model
 
@@ -146,7 +148,8 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 def read_bin(path: Path) -> dict[str, Tensor]:
     """A state dict written by torch.save, read with weights_only=True: no pickled code is ever run."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a pickle's age: it is read or refused either way
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged or a hostile file
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path} cannot be read as a file of plain tensors: {why}") from None
@@ -229,13 +232,12 @@ def save_folder(model: GPT, folder: Path) -> None:
 
     The model must hold GPT-2's parameters and no others (see modes.merge). The folder must be new or empty.
     """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty: name a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        used = any(folder.iterdir())
     except OSError as error:
         raise UserError(f"{folder} cannot be written to: {error.strerror}; name another folder") from None
-    if used:
-        raise UserError(f"{folder} exists and is not empty: name a new folder")
     with torch.device("meta"):
         names = list(GPT(model.config).state_dict())
     state = dict(model.named_parameters())

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..model import GPT
 
-TRAINING = {"lr": 5e-5, "weight_decay": 0.01}
+TRAINING = {"lr": 1e-4, "weight_decay": 0.01}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..model import GPT
 from ..options import option
 
-TRAINING = {"lr": 1e-2, "weight_decay": 0.0}
+TRAINING = {"lr": 3e-2, "weight_decay": 0.0}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..model import GPT
 from ..options import option
 
-TRAINING = {"lr": 1e-4, "weight_decay": 0.01}
+TRAINING = {"lr": 3e-4, "weight_decay": 0.01}
 GROUPS = "top:N, bottom:N, blocks:A-B, bias, norm, attention, mlp, embeddings, final"
 
 

@@ -1,0 +1,191 @@
+"""eval.py, driven as its users do: scores, forgetting, texts, and a plain GPT-2 that transformers loads."""
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import MODES, QUICK, evaluate, files, json_of, one_thread, process, tensors, trained, write_pairs
+
+from minift import checkpoint, generate, metrics, weights
+from minift.model import GPT
+
+SCORES = {"loss", "perplexity", "token_accuracy", "exact_match", "rouge1", "rouge2", "rougeL"}
+PLAIN = ["--dtype", "fp32", "--device", "cpu", "--batch", "4", "--max-new-tokens", "6"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    with one_thread(predict=False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[str, Path]:
+    """A short run of each mode, at a learning rate at which its texts change."""
+    folder = tmp_path_factory.mktemp("runs")
+    pairs = write_pairs(folder / "pairs")
+    common = ["--model", model_folder, "--data", pairs, *QUICK, "--steps", 12, "--warmup-ratio", 0]
+    for mode, lr in zip(MODES, (3e-3, 1e-2, 1e-2, 1.0, 1e-2), strict=True):
+        trained(*common, "--mode", mode, "--lr", lr, "--out", folder / mode)
+    return {mode: folder / mode for mode in MODES}
+
+
+def tuned_model(run: Path, model_folder: Path) -> GPT:
+    model = weights.load(str(model_folder)).eval()
+    checkpoint.load_tuned(run, model, str(model_folder))
+    return model
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_json_is_one_object_with_both_models(runs: dict[str, Path], mode: str, model_folder: Path) -> None:
+    before = {name: (runs[mode] / name).read_bytes() for name in files(runs[mode])}
+    ended = evaluate(runs[mode], "--json", *PLAIN)
+    assert ended.code == 0 and ended.err == ""
+    scores = json.loads(ended.out)
+    assert set(scores) == {"base", "tuned"}
+    for model in scores.values():
+        assert SCORES <= model.keys() and all(isinstance(model[name], float) for name in SCORES)
+        assert model["general_loss"] is None and len(model["completions"]) == 6
+    assert scores["tuned"]["loss"] < scores["base"]["loss"]
+    assert scores["tuned"]["completions"] != scores["base"]["completions"]
+    assert {name: (runs[mode] / name).read_bytes() for name in files(runs[mode])} == before
+
+
+def test_the_table_has_both_columns_and_completions(runs: dict[str, Path]) -> None:
+    ended = evaluate(runs["lora"], *PLAIN, "--shown", 2)
+    scores = json.loads(evaluate(runs["lora"], "--json", *PLAIN).out)
+    for name in SCORES:
+        line = next(line for line in ended.out.splitlines() if line.startswith(f"{name} "))
+        assert line.split()[1:] == [f"{scores[model][name]:.4f}" for model in ("base", "tuned")]
+    assert ended.out.count("\n  wanted ") == ended.out.count("\n  tuned ") == 2
+    assert "lora of" in ended.out and "6 test rows" in ended.out
+    assert "wanted" not in evaluate(runs["lora"], *PLAIN, "--shown", 0).out
+
+
+def test_other_rows_and_fewer(runs: dict[str, Path], tmp_path: Path) -> None:
+    one = json.loads(evaluate(runs["full"], "--json", *PLAIN, "--test-rows", 2).out)
+    both = json.loads(evaluate(runs["full"], "--json", *PLAIN).out)
+    assert one["base"]["completions"] == both["base"]["completions"][:2]
+    other = write_pairs(tmp_path / "other", rows=3, seed=9)
+    moved = json.loads(evaluate(runs["full"], "--json", *PLAIN, "--data", other).out)
+    assert moved["base"]["loss"] != both["base"]["loss"]
+
+
+@pytest.mark.parametrize("mode", ["full", "prompt"])
+def test_forgetting(
+    runs: dict[str, Path], mode: str, tmp_path: Path, texts: tuple[str, ...], model_folder: Path
+) -> None:
+    (tmp_path / "general.txt").write_text("\n".join(texts), encoding="utf-8")
+    ended = evaluate(runs[mode], *PLAIN, "--general", tmp_path / "general.txt")
+    scores = json.loads(evaluate(runs[mode], *PLAIN, "--general", tmp_path / "general.txt", "--json").out)
+    change = scores["tuned"]["general_loss"] - scores["base"]["general_loss"]
+    assert f"forgetting: {change:+.4f} nats a token on the general text" in ended.out and abs(change) > 1e-3
+    assert ("with the soft prompt attached" in ended.out) == (mode == "prompt")
+    for name, model in (
+        ("base", weights.load(str(model_folder)).eval()),
+        ("tuned", tuned_model(runs[mode], model_folder)),
+    ):
+        assert scores[name]["general_loss"] == pytest.approx(
+            metrics.general_loss(model, "\n".join(texts), 4), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_prompt_is_continued(runs: dict[str, Path], mode: str, model_folder: Path) -> None:
+    ended = evaluate(runs[mode], "--prompt", "1: the lunch =", *PLAIN)
+    model = tuned_model(runs[mode], model_folder)
+    ids = model.tokenizer.encode("1: the lunch =").ids
+    wanted = model.tokenizer.decode(generate.generate(model, [ids], 6, stop=0)[0])
+    assert ended.code == 0 and ended.out == f"{wanted}\n"
+
+
+def test_prompt_from_standard_input(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "1: caf\u00e9\nlunch ="
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-8")), "ascii"))
+    piped = evaluate(runs["lora"], "--prompt", "-", *PLAIN)
+    assert piped.code == 0 and piped.out == evaluate(runs["lora"], "--prompt", text, *PLAIN).out
+    alone = process("eval.py", runs["lora"], "--prompt", "-", *PLAIN, cwd=runs["lora"].parent, text=text)
+    assert alone == (0, piped.out, "")
+
+
+def test_sampling(runs: dict[str, Path]) -> None:
+    def text(*options: object) -> str:
+        ended = evaluate(runs["lora"], "--prompt", "1: lunch =", *PLAIN[:-1], 12, *options)
+        assert ended.code == 0, ended.err
+        return ended.out
+
+    greedy, warm = text(), ["--temperature", 1.5]
+    assert text(*warm, "--seed", 1) == text(*warm, "--seed", 1) != greedy
+    assert len({text(*warm, "--seed", seed) for seed in range(6)}) > 3
+    assert text(*warm, "--top-k", 1) == text(*warm, "--top-p", 1e-6) == text("--temperature", 0) == greedy
+
+
+@pytest.mark.parametrize("mode", ["full", "selective", "lora"])
+def test_a_saved_folder_is_the_same_model_in_transformers(
+    runs: dict[str, Path], mode: str, tmp_path: Path, model_folder: Path
+) -> None:
+    from transformers import GPT2LMHeadModel
+
+    ended = evaluate(runs[mode], "--save", tmp_path / "hf")
+    assert ended.code == 0 and str(tmp_path / "hf") in ended.out
+    ours = tuned_model(runs[mode], model_folder)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    ids = torch.tensor([ours.tokenizer.encode("1: the lunch is late, the food is cheap =").ids])
+    with torch.no_grad():
+        logits = theirs(ids).logits
+        torch.testing.assert_close(ours.logits(ours.hidden(ids)), logits, atol=1e-4, rtol=1e-4)
+        base = weights.load(str(model_folder)).eval()
+        assert (base.logits(base.hidden(ids)) - logits).abs().max() > 0.1
+        text = theirs.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    wanted = generate.generate(ours, [ids[0].tolist()], 16, stop=0)[0]
+    assert [token for token in text.tolist() if token != 0] == wanted
+    again = weights.load(str(tmp_path / "hf"))
+    assert again.tokenizer.get_vocab() == ours.tokenizer.get_vocab() and again.config == ours.config
+
+
+@pytest.mark.parametrize("mode, reason", [("prompt", "extra input"), ("adapter", "non-linear")])
+def test_what_cannot_be_merged_is_not_saved(
+    runs: dict[str, Path], mode: str, reason: str, tmp_path: Path
+) -> None:
+    ended = evaluate(runs[mode], "--save", tmp_path / "hf")
+    assert ended.code == 2 and "cannot be merged" in ended.err and reason in ended.err
+    assert ended.err.count("\n") == 1 and not (tmp_path / "hf").exists()
+
+
+def test_saving_overwrites_nothing(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for folder, words in (("mine", "not empty"), ("mine/thesis.txt", "not empty"), ("mine/thesis.txt/x", "")):
+        ended = evaluate(runs["full"], "--save", tmp_path / folder)
+        assert ended.code == 2 and ended.err.count("\n") == 1 and words in ended.err
+    assert list(files(tmp_path)) == ["mine", "mine/thesis.txt"]
+
+
+def test_describe(runs: dict[str, Path]) -> None:
+    lines = evaluate(runs["prompt"], "--describe", *PLAIN).out.splitlines()
+    assert len(lines) == 20 and all("nearest" in line for line in lines)
+    lines = evaluate(runs["lora"], "--describe", *PLAIN).out.splitlines()
+    assert len(lines) == len(tensors(runs["lora"] / "tuned.safetensors"))
+    assert any(line.startswith("h.0.attn.c_attn.lora_A (24, 24) norm ") for line in lines)
+
+
+def test_the_base_may_be_elsewhere(runs: dict[str, Path], tmp_path: Path, model_folder: Path) -> None:
+    shutil.copytree(runs["lora"], tmp_path / "run")
+    raw = json_of(tmp_path / "run" / "config.json")
+    raw["train"]["model"] = str(tmp_path / "gone")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(raw))
+    ended = evaluate(tmp_path / "run", "--json", *PLAIN)
+    assert ended.code == 2 and "gone" in ended.err
+    shutil.copytree(model_folder, tmp_path / "moved")
+    moved = evaluate(tmp_path / "run", "--json", *PLAIN, "--model", tmp_path / "moved")
+    assert moved.out == evaluate(runs["lora"], "--json", *PLAIN).out
+
+
+def test_help_of_eval(tmp_path: Path) -> None:
+    ended = evaluate("--help")
+    assert ended.code == 0 and "--general" in ended.out and "usage: eval.py" in ended.out
