@@ -56,14 +56,15 @@ def load_base(asked: Config, options: EvalOptions) -> GPT:
 
 
 def load_tuned(folder: Path, asked: Config, model: GPT, base_name: str) -> str:
-    """What the run tuned into its untouched base, if config.json and the file agree; gives the mode's name."""
+    """What the run tuned into its untouched base, if config.json and the file agree; gives the mode."""
     belongs = checkpoint.identity(model, asked.mode, asked.own, base_name)
     return checkpoint.load_tuned(folder, model, base_name, belongs)
 
 
 def check(options: EvalOptions, args: Any) -> None:
     """Refuse numbers and combinations of options that make no sense before anything is loaded."""
-    at_least = {"test_rows": 1, "shown": 0, "batch": 1, "max_new_tokens": 1, "seed": 0, "temperature": 0, "top_k": 1}
+    at_least = {"test_rows": 1, "shown": 0, "batch": 1, "max_new_tokens": 1, "seed": 0, "temperature": 0,
+                "top_k": 1}
     for name, least in at_least.items():
         if (value := getattr(options, name)) is not None and value < least:
             raise UserError(f"{flag(name)} {value}: must be at least {least}")

@@ -106,7 +106,8 @@ def refuse_step(model: GPT, loss: float, micro_batches: list[list[Example]], opt
     where to look. The parameters are those of the last good step either way."""
     progress.skipped += 1
     if options.on_nan == "skip" and progress.skipped <= options.max_skips:
-        tqdm.write(f"step {progress.step + 1} skipped: its loss is {loss}, or a gradient not finite", file=sys.stdout)
+        tqdm.write(f"step {progress.step + 1} skipped: its loss is {loss}, or a gradient not finite",
+                   file=sys.stdout)
         return
     tuned = modes.tuned_parameters(model)
     norms = {name: p.grad.norm().item() for name, p in tuned.items() if p.grad is not None}
@@ -143,7 +144,7 @@ def begin(model: GPT, options: TrainOptions, val: list[Example], folder: Path, b
           optimizer: torch.optim.Optimizer) -> Progress:
     """A new run, saved before its first step, or the one to resume, as it was last saved."""
     saved = (checkpoint.LAST, checkpoint.TUNED, "metrics.jsonl")
-    if not options.resume or not any((folder / name).exists() for name in saved):  # it ended before its first save
+    if not options.resume or not any((folder / name).exists() for name in saved):  # nothing was saved yet
         checkpoint.save_last(folder, model, belongs, optimizer, Progress())
         return Progress()
     progress = checkpoint.load_last(folder, model, belongs, optimizer)

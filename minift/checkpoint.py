@@ -118,8 +118,8 @@ def check(metadata: dict[str, str], belongs: dict[str, str], path: Path) -> None
         raise UserError(f"{path} was made with other options than config.json has: {', '.join(differ)}; a "
                         "run goes on with the options it was started with")
     if metadata.get("rows") != belongs.get("rows", metadata.get("rows")):
-        raise UserError(f"{path} was made on other training or validation rows than there are now: a run goes "
-                        "on with the rows it was started with")
+        raise UserError(f"{path} was made on other training or validation rows than there are now: a run "
+                        "goes on with the rows it was started with")
 
 
 def settings(metadata: dict[str, str], path: Path) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             raise
         if "--debug" in arguments:
             traceback.print_exc()
-        remedy = "" if isinstance(error, UserError) else "out of memory; lower --batch, --max-length or the sizes of the mode: "
+        remedy = ("" if isinstance(error, UserError) else
+                  "out of memory; lower --batch, --max-length or the sizes of the mode: ")
         line = "".join(c if c.isprintable() else " " for c in remedy + str(error))
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

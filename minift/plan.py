@@ -225,7 +225,7 @@ def beside_the_paper(asked: Config, costs: Callable[[Config], dict[str, Any]]) -
     count = lora["trainable_parameters"]
     return ("the LoRA paper says 1.2 TB of memory for full tuning and 350 GB for LoRA (r = 4 on q and v), "
             "but not what is in them; 350 GB are the weights alone, in two bytes each. Computing in bf16, "
-            f"this plan has {parts(full)} for full tuning, whose weights, gradients and Adam moments are fp32; "
-            f"{parts(lora)} for LoRA, whose frozen weights are bf16. LoRA trains {count:,} parameters: "
+            f"this plan has {parts(full)} for full tuning, with weights, gradients and Adam moments in fp32; "
+            f"{parts(lora)} for LoRA, with frozen weights in bf16. LoRA trains {count:,} parameters: "
             f"{count * 2 / 1e6:.1f} MB in fp16, where the paper says 35 MB, and "
             f"{lora['tuned_bytes'] / 1e6:.1f} MB as saved here, in fp32.")

@@ -54,7 +54,8 @@ def blank(folder: Path) -> GPT:
     weights. Raises UserError."""
     config = GPTConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     if config.n_layer > 1000:
-        raise UserError(f"{folder / 'config.json'}: n_layer is {config.n_layer}, and 1,000 is as far as this goes")
+        raise UserError(f"{folder / 'config.json'}: n_layer is {config.n_layer}, and 1,000 is as far as this "
+                        "goes")
     try:
         with torch.device("meta"):
             model = GPT(config)

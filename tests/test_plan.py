@@ -4,7 +4,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def test_trainable_parameters_of_the_four_sizes(arguments: str) -> None:
 
 
 def test_gpt3_on_paper() -> None:
-    # V d + 2,048 d + L (12 d^2 + 13 d) + 2 d
+    # V d + 2,048 d + ...
     assert sum(p.numel() for p in base("gpt3-175b").parameters()) == 174_604_259_328
     for rank, count in (1, 4_718_592), (4, 18_874_368), (8, 37_748_736):
         model = copy.deepcopy(base("gpt3-175b"))
@@ -200,8 +200,7 @@ def test_more_rows_cost_more_and_nothing_is_computed() -> None:
 
 def test_plan_of_a_folder_without_weights(tmp_path: Path) -> None:
     """Own process, no network, config.json only; every mode by default."""
-    raw = {"model_type": "gpt2", "vocab_size": 311, "n_positions": 64, "n_embd": 48, "n_layer": 3, "n_head": 4,
-           "eos_token_id": 0}  # fmt: skip
+    raw = {"model_type": "gpt2"} | asdict(SHAPE)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(raw))
     ended = process("train.py", "--plan", "--model", "./base", "--batch", "3", cwd=tmp_path,
