@@ -271,8 +271,8 @@ class GPT(nn.Module):
                 raise UserError(f"{T} tokens{soft} do not fit into the model's {self.config.n_positions} "
                                 "positions: shorten the text, or lower --max-length or --max-new-tokens")
             if cache is None:
-                # On a CPU, oneDNN compiles a kernel for each shape and keeps it: multiples of 16 tokens mean few
-                # shapes, which halved the memory of a run on ragged rows and took a tenth off its time.
+                # On a CPU, oneDNN compiles a kernel for each shape and keeps it: multiples of 16 tokens mean
+                # few shapes, which halved the memory of runs on ragged rows and took a tenth off their time.
                 ids = F.pad(ids, (0, min(-(P + T) % 16, self.config.n_positions - P - T)))
             x = self.wte(ids)
             if self.prompt is not None:
