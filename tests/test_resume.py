@@ -189,7 +189,8 @@ train.data.load_examples = load
 def start(arguments: list[Any], tmp_path: Path, code: str = "") -> subprocess.Popen:
     """train.py in a process of its own, with some code run in it before."""
     before = f"""
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts without it
 sys.path.insert(0, {str(ROOT)!r})
 import train
 from minift.errors import run_script
