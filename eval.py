@@ -27,8 +27,7 @@ class EvalOptions:
     data: str | None = option(None, "score on the test rows of these pairs (default: the run's)")
     test_rows: int | None = option(None, "score the first N test rows (default: all)")
     general: str | None = option(None, "a text file outside the task: its loss before and after is the "
-                                       "forgetting "
-                                       "(default: the run's)")
+                                       "forgetting (default: the run's)")
     shown: int = option(3, "how many completions to show")
     batch: int = option(16, "rows in a forward pass")
     max_new_tokens: int = option(64, "length limit of generated texts")

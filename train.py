@@ -58,11 +58,14 @@ def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> floa
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
 
 
+def steps_per_epoch(examples: list[Example], options: TrainOptions) -> int:
+    return math.ceil(math.ceil(len(examples) / options.batch) / options.accumulate)
+
+
 def steps_from(examples: list[Example], options: TrainOptions, first: int) -> Iterator[list[list[Example]]]:
     """What each optimizer step learns from, without end, from step `first` on: up to `accumulate` batches of
     one epoch. An epoch's order depends on the seed and its number alone, so a run resumes at any step."""
-    per_epoch = math.ceil(math.ceil(len(examples) / options.batch) / options.accumulate)
-    epoch, skipped = divmod(first, per_epoch)
+    epoch, skipped = divmod(first, steps_per_epoch(examples, options))
     while True:
         batches = (data.file_batches(examples, options.batch) if options.order == "file" else
                    data.batches(examples, options.batch, options.seed, epoch))
@@ -74,8 +77,7 @@ def steps_from(examples: list[Example], options: TrainOptions, first: int) -> It
 def total_steps(examples: list[Example], options: TrainOptions) -> int:
     if options.steps is not None:
         return options.steps
-    per_epoch = math.ceil(math.ceil(len(examples) / options.batch) / options.accumulate)
-    return max(1, round(options.epochs * per_epoch))
+    return max(1, round(options.epochs * steps_per_epoch(examples, options)))
 
 
 def widest_batch(examples: list[Example], options: TrainOptions) -> list[Example]:
@@ -116,10 +118,8 @@ def refuse_step(model: GPT, loss: float, micro_batches: list[list[Example]], opt
     last = folder / checkpoint.LAST
     safe = f"{last} is intact" if last.exists() else "nothing is saved yet"
     raise UserError(f"step {progress.step + 1}: the loss is {loss} and the largest gradient, of {worst}, "
-                    "has norm "
-                    f"{norms[worst]} ({progress.skipped} such steps so far); rows: {rows}; {safe}; lower "
-                    "--lr, "
-                    "look at these rows, or try --dtype fp32")
+                    f"has norm {norms[worst]} ({progress.skipped} such steps so far); rows: {rows}; {safe}; "
+                    "lower --lr, look at these rows, or try --dtype fp32")
 
 
 def validate(model: GPT, val: list[Example], options: TrainOptions, folder: Path, belongs: dict[str, str],
@@ -211,8 +211,7 @@ def train(model: GPT, asked: Config, rows: dict[str, list[Example]], folder: Pat
     checkpoint.load_best(folder, model)
     if checkpoint.checksum(modes.tuned_parameters(model), {}) == start_sum:
         raise UserError(f"{folder}: the tuned parameters equal their start, nothing was learned: raise --lr "
-                        "or "
-                        "--steps")
+                        "or --steps")
     return progress
 
 
@@ -252,8 +251,7 @@ def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str
     for example, old, new in zip(rows["test"][:3], before["completions"], after["completions"], strict=False):
         print(f"\n  {example.pair.where}   {example.pair.completion!r}\n  base   {old!r}\n  tuned  {new!r}")
     print(f"\n{mode}: test loss {before['loss']:.4f} -> {after['loss']:.4f}, ROUGE-L {before['rougeL']:.3f} "
-          "-> "
-          f"{after['rougeL']:.3f}, {compare.size(result['tuned_bytes'])} in {folder / checkpoint.TUNED}, "
+          f"-> {after['rougeL']:.3f}, {compare.size(result['tuned_bytes'])} in {folder / checkpoint.TUNED}, "
           f"peak memory {compare.cell('peak_memory_bytes', peak)}, predicted "
           f"{compare.size(result['predicted_peak_bytes'])}")
     return result

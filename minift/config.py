@@ -18,8 +18,7 @@ TINY = Path(__file__).parents[1] / "data" / "tiny"  # the embedded base, its pai
 class TrainOptions:
     mode: str = option("lora", f"how to tune: {', '.join(modes.MODES)}, a comma list of them, or all")
     model: str | None = option(None, "a folder's path, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
-                                     "distilgpt2 from the "
-                                     "Hub (default: the embedded base)")
+                                     "distilgpt2 from the Hub (default: the embedded base)")
     out: str | None = option(None, "folder of the run (default: runs/MODE-1, runs/MODE-2, ...)")
     overwrite: bool = option(False, "replace the run that is in --out")
     plan: bool = option(False, "print what each mode would cost and run nothing: needs no weights and no "
@@ -31,8 +30,7 @@ class TrainOptions:
                                 "target tokens")
     lr: float | None = option(None, "peak learning rate (default: the mode's)")
     weight_decay: float | None = option(None, "decay of matrices; biases, norms and soft prompts have none "
-                                              "(default: "
-                                              "the mode's)")
+                                              "(default: the mode's)")
     order: str = option("length", "length: random batches of rows of like length; file: as they stand",
                         ("length", "file"))
     checkpoint: bool = option(False, "keep only each block's input for the backward pass, and compute the "
@@ -135,8 +133,7 @@ def check(options: TrainOptions) -> None:
                         "most 1,000,000")
     if not 0 <= options.warmup_ratio <= 1 or not 0 <= options.model_dropout < 1:
         raise UserError(f"--warmup-ratio {options.warmup_ratio} --model-dropout {options.model_dropout}: "
-                        "the first lies "
-                        "in 0..1, the second is at least 0 and below 1")
+                        "the first lies in 0..1, the second is at least 0 and below 1")
 
 
 def describe(config: Config) -> str:

@@ -43,8 +43,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
         raise UserError("an empty prompt: generation needs at least one token to start from")
     if not temperature >= 0 or not (top_k is None or top_k >= 1) or not (top_p is None or 0 < top_p <= 1):
         raise UserError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: temperature must be 0 or "
-                        "more, "
-                        "top_k 1 or more, top_p above 0 and at most 1")
+                        "more, top_k 1 or more, top_p above 0 and at most 1")
     P, longest = model.prompt_tokens, max(map(len, prompts))
     if P + longest + max_new_tokens > model.config.n_positions:
         soft = f"{P} of the soft prompt + " if P else ""

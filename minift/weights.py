@@ -176,8 +176,7 @@ def canonical(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     head = result.pop("lm_head.weight", None)
     if head is not None and "wte.weight" in result and not torch.equal(head, result["wte.weight"]):
         raise UserError(f"{where}: lm_head.weight differs from wte.weight; GPT-2's head is tied, and an "
-                        "untied one is "
-                        "not supported")
+                        "untied one is not supported")
     return result
 
 

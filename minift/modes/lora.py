@@ -27,8 +27,8 @@ class Options:
     alpha: float = option(16.0, "the update is scaled by alpha / rank, or as --scaling says")
     dropout: float = option(0.0, "dropout on the update's input")
     targets: str = option("all", "matrices that get an update, a comma list of q, k, v, o (attention's "
-                                 "projection), fc, "
-                                 "proj (the MLP's two), qkv (the fused matrix as one), all, attention, mlp")
+                                 "projection), fc, proj (the MLP's two), qkv (the fused matrix as one), all, "
+                                 "attention, mlp")
     scaling: str = option("standard", "standard: alpha/rank; rslora: alpha/sqrt(rank) (Kalajdzievski 2023)",
                           ("standard", "rslora"))
 
@@ -72,8 +72,7 @@ def apply(model: GPT, options: Options) -> None:
     honoured."""
     if options.rank < 1 or not options.alpha > 0 or not 0 <= options.dropout < 1:
         raise UserError(f"--rank {options.rank} --alpha {options.alpha} --dropout {options.dropout}: rank "
-                        "must be at "
-                        "least 1, alpha above 0, dropout at least 0 and below 1")
+                        "must be at least 1, alpha above 0, dropout at least 0 and below 1")
     scale = options.alpha / (math.sqrt(options.rank) if options.scaling == "rslora" else options.rank)
     targets, C = parse_targets(options.targets), model.config.n_embd
     places = {"o": ("attn", "c_proj"), "fc": ("mlp", "c_fc"), "proj": ("mlp", "c_proj")}
@@ -105,8 +104,7 @@ def parse_targets(text: str) -> set[str]:
                         f"{', '.join((*TARGETS, *GROUPS))}")
     if "qkv" in names and {"q", "k", "v"} & set(names):
         raise UserError(f"--targets {text}: qkv is one update of the whole fused matrix, q, k and v are "
-                        "updates of its "
-                        "parts: choose one")
+                        "updates of its parts: choose one")
     return set(names)
 
 

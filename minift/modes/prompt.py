@@ -18,11 +18,9 @@ TRAINING = {"lr": 3e-2, "weight_decay": 0.0}
 class Options:
     prompt_tokens: int = option(20, "length of the soft prompt; it takes that many of the model's positions")
     prompt_init: str = option("vocab", "where it starts: vocab (embeddings of sampled tokens), text (of "
-                                       "--prompt-text), "
-                                       "noise (normal, 0.02)", ("vocab", "text", "noise"))
+                                       "--prompt-text), noise (normal, 0.02)", ("vocab", "text", "noise"))
     prompt_text: str | None = option(None, "the text to start from, repeated or cut to --prompt-tokens; "
-                                           "needs "
-                                           "--prompt-init text")
+                                           "needs --prompt-init text")
 
 
 class SoftPrompt(nn.Module):

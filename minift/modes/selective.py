@@ -21,8 +21,7 @@ GROUPS = "top:N, bottom:N, blocks:A-B, bias, norm, attention, mlp, embeddings, f
 @dataclass(frozen=True)
 class Options:
     train: str = option("top:2", f"what trains: a comma list (a union) of {GROUPS}; '+' intersects: "
-                                 "top:2+bias is "
-                                 "the biases of the top two blocks")
+                                 "top:2+bias is the biases of the top two blocks")
 
 
 def apply(model: GPT, options: Options) -> None:
