@@ -4,6 +4,7 @@
     python eval.py runs/lora-1 --general FILE.txt     and what the model forgot of other text
     python eval.py runs/lora-1 --prompt "Anna: Hi"    continue a prompt (- reads it from standard input)
     python eval.py runs/lora-1 --save DIR             the tuned model as a Hugging Face folder
+    python eval.py --compare runs/*                   finished runs in one table and one picture
 """
 
 import json
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minift import checkpoint, config, data, metrics, modes, weights
+from minift import checkpoint, compare, config, data, metrics, modes, weights
 from minift.config import Config
 from minift.errors import UserError, run_script
 from minift.generate import generate
@@ -103,9 +104,16 @@ def show(scores: dict[str, dict[str, Any]], examples: list[data.Example], shown:
 
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="eval.py", description=__doc__)
-    parser.add_argument("run", help="the folder of a run")
+    parser.add_argument("run", nargs="?", help="the folder of a run")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="print a table of finished runs; write "
+                        "compare.md and, with matplotlib, compare.png beside them")
     add_options(parser, "options", EvalOptions)
     args = parser.parse_args(arguments)
+    if args.compare:
+        print(compare.compare_runs([Path(run) for run in args.compare]))
+        return
+    if not args.run:
+        raise UserError("name the folder of a run: python eval.py runs/lora-1")
     options, _ = resolve(EvalOptions, args, {})
     check(options, args)
     folder = Path(args.run)
