@@ -4,6 +4,7 @@ tokens."""
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 512  # tokens whose logits exist at one time
@@ -18,26 +19,30 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         head = weight.to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        n = len(targets)
+        hidden = F.pad(hidden, (0, 0, 0, -n % 64))  # few shapes, as in GPT.hidden: each step has its own n
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(targets), CHUNK):
+        for start in range(0, n, CHUNK):
             h, target = hidden[start : start + CHUNK], targets[start : start + CHUNK, None]
+            real = len(target)  # the rows after these are padding
             logits = h @ head.T  # (chunk, V)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             logits -= logits.amax(-1, keepdim=True)
-            loss -= logits.gather(1, target).sum()
+            loss -= logits[:real].gather(1, target).sum()
             total = logits.exp_().sum(-1, keepdim=True)  # in place: logsumexp would make another (chunk, V)
-            loss += total.log().sum()
+            loss += total[:real].log().sum()
             if dhidden is None and dweight is None:
                 continue
             dlogits = logits.div_(total)
-            dlogits.scatter_add_(1, target, torch.full_like(total, -1.0))
+            dlogits[:real].scatter_add_(1, target, torch.full_like(total[:real], -1.0))
+            dlogits[real:] = 0
             dlogits = dlogits.to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(dlogits, head, out=dhidden[start : start + CHUNK])
             if dweight is not None:
                 dweight += dlogits.T @ h
-        ctx.save_for_backward(dhidden, dweight)
+        ctx.save_for_backward(dhidden if dhidden is None else dhidden[:n], dweight)
         return loss
 
     @staticmethod

@@ -35,14 +35,14 @@ from minift.weights import CONV1D  # noqa: E402
 
 SEED = 1
 END = "<|endoftext|>"
-TRAIN_CHARS, HELD_OUT_CHARS = 5_000_000, 150_000
+TRAIN_CHARS, HELD_OUT_CHARS = 8_000_000, 150_000
 PAIRS = {"train": (2200, NAMES), "val": (200, NAMES), "test": (200, UNSEEN_NAMES)}  # rows, names
 MAX_CHARS = 460  # of a dialogue: some 130 tokens
 VOCAB_SIZE, CONTEXT = 2048, 256
 SHAPE = {"n_embd": 192, "n_layer": 4, "n_head": 6}
 BATCH, STEPS, WARMUP, COOLDOWN = 8, 6000, 50, 2400
 LR, MUON_LR, WEIGHT_DECAY = 3e-3, 6e-3, 0.1
-LOG_EVERY, CHECK_STEPS, TOLERANCE = 50, 300, 0.05  # in nats a token, means of LOG_EVERY steps
+LOG_EVERY, CHECK_STEPS, TOLERANCE = 50, 300, 0.02  # in nats a token, means of LOG_EVERY steps
 
 
 def general_text(split: str, chars: int) -> str:

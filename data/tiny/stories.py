@@ -32,6 +32,7 @@ from world import (
 )
 
 Questions = list[tuple[str, str]]
+TAIL = "[| in the end| when all was said| by the end of the chat| if you read it again]?"
 CLOCK = [time for time in TIMES if time.phrase.startswith("at ")]
 
 
@@ -44,7 +45,8 @@ def ask(rng: Random, questions: Questions, least: int, most: int) -> str:
 
 def chat_about_plan(rng: Random, names: list[str]) -> str:
     chat, plan = negotiated(rng, names)
-    return chat.text() + ask(rng, sorted(set(plan.questions())), 0, 6)
+    questions = [(question[:-1] + TAIL, answer) for question, answer in sorted(set(plan.questions()))]
+    return chat.text() + ask(rng, questions, 0, 5)
 
 
 class Scene:

@@ -168,12 +168,13 @@ class Plan:
         return text + "." + (f" {self.bring[0]} will bring the {self.bring[1]}." if self.bring else "")
 
     def questions(self) -> list[tuple[str, str]]:
-        """Questions about the plan, each with alternatives in brackets, and their short answers."""
+        """Questions about the plan, each with alternatives in brackets, and their answers, as bare as can be:
+        a base that goes on with them should share few words with the summary."""
         first, second, off = self.people[0], self.people[-1], self.kind == "cancel"
         asked = {
             "together": [("what [will they do|did they plan to do|are they going to do]?", self.doing),
-                         ("who [takes part|is in the plan|will be there]?", joined(self.people))],
-            "lend": [("what [does {b} borrow|will {b} get|is lent]?", f"the {self.doing}"),
+                         ("who [takes part|is in the plan|will be there]?", ", ".join(self.people))],
+            "lend": [("what [does {b} borrow|will {b} get|is lent]?", self.doing),
                      ("[who needs the {d}|who borrows something|who gets the {d}]?", second),
                      ("who [lends the {d}|has the {d} now|brings the {d}]?", first)],
             "help": [("who [needs help|asked for help|gets help]?", second), ("who [helps|is the "
@@ -182,23 +183,23 @@ class Plan:
             "fetch": [("who [drives|has a car|will be the driver]?", first), ("who [waits|needs a "
                                                                               "lift]?", second)],
             "cancel": [("what did they call off?", self.doing), ("why?|why not?", self.reason),
-                       ("who is in this?", joined(self.people)), ("did they call it off?", "yes")],
+                       ("who is in this?", ", ".join(self.people)), ("did they call it off?", "yes")],
             "move": [("what did they move?", self.doing), ("why did they change the day?", self.reason),
-                     ("who is in this?", joined(self.people)), ("did they call it off?", "no")],
+                     ("who is in this?", ", ".join(self.people)), ("did they call it off?", "no")],
         }[self.kind]
         forms = {"place": "where [will it be|do they meet|did they agree to meet|was the place]?",
                  "day": "[what|which] day [did they settle on|is it|did they choose|was agreed]?",
                  "time": "[what|which] time [did they settle on|is it|did they choose|was agreed]?"}
-        asked += [("[what|which] day was it?" if off and slot == "day" else forms[slot], option.phrase)
+        asked += [("[what|which] day was it?" if off and slot == "day" else forms[slot], option.bare)
                   for slot, option in sorted(self.slots.items())]
         if self.bring:
-            asked += [("what will {c} bring?", f"the {self.bring[1]}"),
+            asked += [("what will {c} bring?", self.bring[1]),
                       ("who [brings|will bring] the {o}?", self.bring[0])]
         if self.moved_from:
-            asked.append(("[what|which] day was it before?", self.moved_from.phrase))
+            asked.append(("[what|which] day was it before?", self.moved_from.bare))
         for who, slot, option in self.refused:
             asked.append((f"[what|which] {slot} was [not good for {who}|turned down by {who}]?",
-                          option.phrase))
+                          option.bare))
         bringer, brought = self.bring or ("", "")
         return [(question.replace("{b}", second).replace("{d}", self.doing).replace("{c}", bringer)
                  .replace("{o}", brought), answer) for question, answer in asked]
