@@ -246,6 +246,17 @@ class GPT(nn.Module):
         for parameter in self.parameters():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
+    def share(self) -> "GPT":
+        """A second model on this one's weights, of which nothing is copied. A mode can be applied to it and a
+        tuned file loaded: both put new tensors in place of the shared ones, so this model stays as it is, bit
+        for bit, and any number of tuned models serve side by side from one base. This one must be bare."""
+        with torch.device("meta"):
+            twin = GPT(self.config)
+        twin.load_state_dict(self.state_dict(), assign=True)
+        for name in ("compute_dtype", "tokenizer", "folder", "fingerprint"):
+            setattr(twin, name, getattr(self, name))
+        return twin.requires_grad_(False).train(self.training)
+
     @property
     def prompt_tokens(self) -> int:
         """How many of the model's positions a soft prompt takes: 0 without one."""
