@@ -118,7 +118,7 @@ def main(arguments: list[str]) -> None:
     add_options(parser, "options", EvalOptions)
     args = parser.parse_args(arguments)
     options, _ = resolve(EvalOptions, args, {})
-    folders = [Path(name) for name in dict.fromkeys([args.run, *args.adapter]) if name is not None]
+    folders = list(dict.fromkeys(Path(name) for name in (args.run, *args.adapter) if name is not None))
     if not folders:
         parser.error("which run? give its folder, or --adapter DIR once or more")
     check(options, args, folders)

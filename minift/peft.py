@@ -28,8 +28,8 @@ def peft_types() -> dict[str, str]:
 
 
 def is_folder(folder: Path) -> bool:
-    """Whether a folder is PEFT's; a run's or a model's has a config.json."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether a folder is PEFT's; it may have the base's config.json too, which makes it no run's."""
+    return (folder / CONFIG).is_file()
 
 
 def save(folder: Path, model: GPT, mode: str, base: str) -> None:
