@@ -374,8 +374,9 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     change, words = (REFUSED if kind == "lora" else REFUSED_PROMPT)[name]
     change(folder)
     assert_refused(evaluate("--adapter", folder, "--model", model_folder, "--prompt", "a", *PLAIN), words)
-    assert_refused(train(*common, "--adapter", folder, "--out", tmp_path / "run"), words)
-    assert not (tmp_path / "run").exists()
+    ended = train(*common, "--adapter", folder, "--out", tmp_path / "run")
+    assert_refused(ended, words)
+    assert "test.jsonl" not in ended.out and not (tmp_path / "run").exists()  # before any work is done
 
 
 def test_what_peft_has_no_form_for_stays_here(runs: dict[str, Path], tmp_path: Path) -> None:
