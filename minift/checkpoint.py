@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import modes, peft, safetensors
+from . import modes, peft, run, safetensors
 from .data import Example
 from .errors import UserError
 from .model import GPT
@@ -167,7 +167,7 @@ def read_tuned(folder: Path, model: GPT, base: str, expected: dict[str, str] | N
     path = folder / TUNED
     if peft.is_folder(folder):
         return peft.read(folder, model)
-    if not path.is_file() and not (folder / "config.json").is_file():
+    if not path.is_file() and not run.is_run(folder):
         raise UserError(f"{folder} holds nothing tuned: a run's folder has {TUNED}, one of PEFT "
                         f"{peft.CONFIG}")
     tensors, metadata = read(path)
@@ -185,7 +185,7 @@ def load_tuned(folder: Path, model: GPT, base: str, expected: dict[str, str] | N
     mode, options, tensors = read_tuned(folder, model, base, expected)
     modes.apply(model, mode, options)
     model.set_compute_dtype(model.compute_dtype)  # what is tuned goes back to fp32 before it is filled
-    modes.load_tuned(model, tensors, str(folder))
+    modes.load_tuned(model, tensors, str(folder if peft.is_folder(folder) else folder / TUNED))
     return mode
 
 
