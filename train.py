@@ -3,6 +3,7 @@
     python train.py                                   tune the embedded base on the embedded pairs, with LoRA
     python train.py --mode all                        every mode on the same rows, and one table
     python train.py --model gpt2 --data my.jsonl      GPT-2 on your own pairs
+    python train.py --adapter DIR                     go on from a run's tuned parameters, or from PEFT's
 
 It reads from top to bottom: options, one training run, scores, main. The loop never asks which mode it is in:
 a mode (minift/modes/) decides what is injected and what trains, and whatever trains is what the optimizer
@@ -35,6 +36,12 @@ def prepare(model: GPT, asked: Config) -> None:
     modes.apply(model, asked.mode, asked.own)
     model.dropout, model.checkpoint = asked.train.model_dropout, asked.train.checkpoint
     model.set_compute_dtype(choose_dtype(asked.train.dtype, choose_device(asked.train.device)))
+
+
+def start(model: GPT, asked: Config) -> None:
+    """Put what --adapter tuned into the prepared model, in place of the mode's fresh start."""
+    _, _, tensors = checkpoint.read_tuned(Path(asked.train.adapter), model, asked.train.model)
+    modes.load_tuned(model, tensors, asked.train.adapter)
 
 
 def make_optimizer(model: GPT, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -229,6 +236,8 @@ def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str
     model = weights.load(options.model)
     total = sum(p.numel() for p in model.parameters())
     prepare(model, asked)
+    if options.adapter and not (folder / checkpoint.LAST).exists():  # else its own parameters are there
+        start(model, asked)
     model.to(device)
     trainable = sum(p.numel() for p in modes.tuned_parameters(model).values())
     print(f"\n{mode}: {trainable:,} parameters train, {trainable / total:.2%} of the base's {total:,}")
@@ -267,6 +276,9 @@ def check_modes(asked: dict[str, Config], base: GPT) -> None:
         except RuntimeError as error:  # even without memory, a tensor can be too large
             raise UserError(f"--mode {mode} cannot be applied to {base.folder} with these options: "
                             f"{error}") from None
+        if one.train.adapter and not one.train.resume:
+            trial.fingerprint = base.fingerprint
+            start(trial, one)
         if not modes.tuned_parameters(trial):
             raise UserError(f"--mode {mode} leaves nothing to train in {base.folder} with these options")
         room = trial.config.n_positions - trial.prompt_tokens

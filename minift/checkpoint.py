@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import modes, safetensors
+from . import modes, peft, run, safetensors
 from .data import Example
 from .errors import UserError
 from .model import GPT
@@ -156,21 +156,36 @@ def save_tuned(folder: Path, model: GPT, belongs: dict[str, str], progress: Prog
           belongs | {"step": str(progress.step), "val_loss": str(progress.best_val_loss)})
 
 
-def load_tuned(folder: Path, model: GPT, base: str, expected: dict[str, str] | None = None) -> str:
-    """Apply the run's mode to the untouched base `model` and load what was tuned; gives the mode's name.
-    `expected` comes from `identity`, with the mode and options that config.json has.
+def read_tuned(folder: Path, model: GPT, base: str, expected: dict[str, str] | None = None
+               ) -> tuple[str, Any, dict[str, Tensor]]:
+    """The mode, its options and the tuned tensors of a run's folder, or of one in PEFT's form. `base` names
+    `model`, the untouched base, or a blank one, which has no fingerprint to compare yet. `expected` comes
+    from `identity`, with the mode and options that config.json has.
 
-    Raises UserError when the file is damaged, belongs to another base, or does not fit.
+    Raises UserError when the file is damaged, belongs to another base, or cannot be honoured.
     """
     path = folder / TUNED
+    if peft.is_folder(folder):
+        return peft.read(folder, model)
+    if not path.is_file() and not run.is_run(folder):
+        raise UserError(f"{folder} holds nothing tuned: a run's folder has {TUNED}, one of PEFT "
+                        f"{peft.CONFIG}")
     tensors, metadata = read(path)
-    check(metadata, expected or {"base": base, "fingerprint": str(model.fingerprint)}, path)
+    here = {"base": base, "fingerprint": str(model.fingerprint or metadata.get("fingerprint"))}
+    check(metadata, expected or here, path)
     mode = metadata["mode"]
     if mode not in modes.MODES:
         raise UserError(f"{path} was made in mode {mode!r}; known here: {', '.join(modes.MODES)}")
-    modes.apply(model, mode, from_json(modes.MODES[mode].Options, json.loads(metadata["options"]), str(path)))
+    return mode, from_json(modes.MODES[mode].Options, json.loads(metadata["options"]), str(path)), tensors
+
+
+def load_tuned(folder: Path, model: GPT, base: str, expected: dict[str, str] | None = None) -> str:
+    """Apply the mode of a folder (see `read_tuned`) to the untouched base `model` and load what was tuned;
+    gives the mode's name. Raises UserError."""
+    mode, options, tensors = read_tuned(folder, model, base, expected)
+    modes.apply(model, mode, options)
     model.set_compute_dtype(model.compute_dtype)  # what is tuned goes back to fp32 before it is filled
-    modes.load_tuned(model, tensors, str(path))
+    modes.load_tuned(model, tensors, str(folder if peft.is_folder(folder) else folder / TUNED))
     return mode
 
 

@@ -1,11 +1,12 @@
 """What a run is asked to do: the options of train.py, from the command line or from a run's config.json."""
 
+import argparse
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from . import modes, run
+from . import checkpoint, modes, run, weights
 from .data import DataOptions
 from .errors import UserError
 from .machine import DEVICES, DTYPES
@@ -19,6 +20,8 @@ class TrainOptions:
     mode: str = option("lora", f"how to tune: {', '.join(modes.MODES)}, a comma list of them, or all")
     model: str | None = option(None, "a folder's path, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
                                      "distilgpt2 from the Hub (default: the embedded base)")
+    adapter: str | None = option(None, "start from what this folder tuned, a run's or one of PEFT (LoRA, "
+                                       "prompt tuning), in its mode and with its options")
     out: str | None = option(None, "folder of the run (default: runs/MODE-1, runs/MODE-2, ...)")
     overwrite: bool = option(False, "replace the run that is in --out")
     plan: bool = option(False, "print what each mode would cost and run nothing: needs no weights and no "
@@ -89,7 +92,8 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
         return {one.mode: replace(one, train=replace(one.train, resume=args.resume, out=args.resume))
                 for one in load_all(Path(args.resume))}
 
-    asked = args.mode or ("all" if args.plan else TrainOptions.mode)
+    start = read_start(args) if args.adapter is not None else None
+    asked = start[0] if start else args.mode or ("all" if args.plan else TrainOptions.mode)
     chosen = list(modes.MODES) if asked == "all" else asked.split(",")
     for mode in chosen:
         if mode not in modes.MODES or chosen.count(mode) > 1:
@@ -105,6 +109,8 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
     embedded = {"data": (str(TINY / "pairs"), "embedded")}
     if not args.model:
         embedded |= {"model": (str(TINY), "embedded"), "general": (str(TINY / "general.txt"), "embedded")}
+    if start:
+        embedded["mode"] = (start[0], "adapter")
     if not args.data and not args.steps:
         embedded |= {"epochs": (0.8, "embedded"), "val_rows": (100, "embedded")}  # enough, as measured
     rates = {} if args.model else json.loads((TINY / "learning_rates.json").read_text(encoding="utf-8"))
@@ -115,10 +121,24 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
             measured["lr"] = (rates[mode], "embedded")
         train, origins = resolve(TrainOptions, args, embedded | measured)
         pairs, data_origins = resolve(DataOptions, args, embedded)
-        own, own_origins = resolve(modes.MODES[mode].Options, args, {})
+        given = {name: (value, "adapter") for name, value in asdict(start[1]).items()} if start else {}
+        own, own_origins = resolve(modes.MODES[mode].Options, args, given)
         check(train)
         configs[mode] = Config(mode, train, pairs, own, origins | data_origins | own_origins)
     return configs
+
+
+def read_start(args: argparse.Namespace) -> tuple[str, Any]:
+    """The mode and options of --adapter, whose folder says them all. Raises UserError."""
+    base = args.model or str(TINY)
+    mode, own, _ = checkpoint.read_tuned(Path(args.adapter), weights.blank(weights.find_folder(base)), base)
+    for name in asdict(own):
+        if getattr(args, name) is not None:
+            raise UserError(f"{flag(name)}: --adapter {args.adapter} has {getattr(own, name)}: leave "
+                            f"{flag(name)} out")
+    if args.mode not in (None, mode):
+        raise UserError(f"--mode {args.mode}: --adapter {args.adapter} is of mode {mode}: leave --mode out")
+    return mode, own
 
 
 def check(options: TrainOptions) -> None:

@@ -7,6 +7,7 @@ files round. Letters in shape comments: B rows, T tokens, C = n_embd, nh heads, 
 soft-prompt tokens.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,6 +246,13 @@ class GPT(nn.Module):
         self.compute_dtype = dtype
         for parameter in self.parameters():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+    def share(self) -> "GPT":
+        """A second model on this one's weights, frozen, of which nothing is copied. A mode can be applied to
+        it and a tuned file loaded: both put new tensors in place of shared ones, so this model stays as it
+        is, bit for bit, and any number of tuned models serve side by side from one base."""
+        known: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in self.parameters()}
+        return copy.deepcopy(self, known | {id(self.tokenizer): self.tokenizer})
 
     @property
     def prompt_tokens(self) -> int:

@@ -225,6 +225,16 @@ def fingerprint(model: GPT) -> str:
     return digest.hexdigest()[:32]
 
 
+def make_folder(folder: Path) -> None:
+    """A new folder to write to; an empty one will do. Raises UserError."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty: name a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {error.strerror}; name another folder") from None
+
+
 @torch.no_grad()
 def save_folder(model: GPT, folder: Path) -> None:
     """Write a plain GPT-2 as a Hugging Face folder, in fp32: config.json, model.safetensors, the tokenizer's
@@ -232,12 +242,7 @@ def save_folder(model: GPT, folder: Path) -> None:
 
     The model must hold GPT-2's parameters and no others (see modes.merge). The folder must be new or empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty: name a new folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to: {error.strerror}; name another folder") from None
+    make_folder(folder)
     with torch.device("meta"):
         names = list(GPT(model.config).state_dict())
     state = dict(model.named_parameters())

@@ -90,4 +90,4 @@ def test_nothing_to_compare_is_refused(tmp_path):
     done = evaluate("--compare", tmp_path / "nowhere")
     assert done.code == 2 and "no finished run" in done.err and len(done.err.splitlines()) == 1
     done = evaluate()
-    assert done.code == 2 and "name the folder of a run" in done.err
+    assert done.code == 2 and "which run?" in done.err

@@ -38,7 +38,7 @@ EVERY = [  # each mode in several forms: what holds for all modes is tested on a
     ("prompt", {"prompt_tokens": 3}),
     ("prompt", {"prompt_tokens": 2, "prompt_init": "noise"}),
     ("adapter", {"bottleneck": 5}),
-    ("adapter", {"bottleneck": 4, "adapter": "pfeiffer", "adapter_norms": True}),
+    ("adapter", {"bottleneck": 4, "placement": "pfeiffer", "adapter_norms": True}),
 ]
 EVERY_MODE = pytest.mark.parametrize("mode, own", EVERY, ids=[f"{m} {list(o.values())}" for m, o in EVERY])
 
@@ -96,7 +96,7 @@ COUNTS: dict[tuple[str, ...], tuple[int, int, int, int]] = {
     ("lora", "rank=8", "targets=all"): (1_327_104, 3_538_944, 6_635_520, 11_059_200),
     ("adapter", "bottleneck=64"): (2_379_264, 6_343_680, 11_893_248, 19_820_544),
     ("adapter", "bottleneck=64", "adapter_norms=1"): (2_417_664, 6_444_032, 12_080_128, 20_130_944),
-    ("adapter", "bottleneck=64", "adapter=pfeiffer"): (1_189_632, 3_171_840, 5_946_624, 9_910_272),
+    ("adapter", "bottleneck=64", "placement=pfeiffer"): (1_189_632, 3_171_840, 5_946_624, 9_910_272),
     ("prompt", "prompt_tokens=20"): (15_360, 20_480, 25_600, 32_000),
     ("prompt", "prompt_tokens=100"): (76_800, 102_400, 128_000, 160_000),
     ("prompt", "prompt_tokens=100", "prompt_init=noise"): (76_800, 102_400, 128_000, 160_000),
@@ -137,7 +137,7 @@ def test_the_papers_adapter_rows(size: str, bottleneck: int, count: int) -> None
     """LoRA's table 3, Adapter-L: one adapter and one norm in each block."""
     with torch.device("meta"):
         model = GPT(SIZES[size])
-    apply(model, "adapter", {"bottleneck": bottleneck, "adapter": "pfeiffer"})
+    apply(model, "adapter", {"bottleneck": bottleneck, "placement": "pfeiffer"})
     norms = 2 * model.config.n_embd * model.config.n_layer
     assert sum(p.numel() for p in modes.tuned_parameters(model).values()) + norms == count
 
@@ -510,7 +510,7 @@ def test_adapters_stand_where_the_papers_put_them(make_gpt: Callable) -> None:
         middle = x + adapter(block.attn_adapter, block.attn(block.ln_1(x), 0.0, None, None))
         wanted = middle + adapter(block.mlp_adapter, block.mlp(block.ln_2(middle)))
         assert torch.allclose(block(x, 0.0, None, None), wanted, atol=1e-5)
-    one = apply(make_gpt(), "adapter", {"bottleneck": 5, "adapter": "pfeiffer"})
+    one = apply(make_gpt(), "adapter", {"bottleneck": 5, "placement": "pfeiffer"})
     assert {name.split(".")[2] for name in modes.tuned_parameters(one)} == {"mlp_adapter"}
     with pytest.raises(UserError, match="--bottleneck 0: must be at least 1"):
         apply(make_gpt(), "adapter", {"bottleneck": 0})

@@ -35,7 +35,7 @@ COUNTS = {  # gpt2, gpt2-medium, gpt2-large, gpt2-xl
     "lora --rank 8 --targets qkv,o,fc,proj": (1_179_648, 3_145_728, 5_898_240, 9_830_400),
     "prompt --prompt-tokens 100": (76_800, 102_400, 128_000, 160_000),
     "adapter --bottleneck 64": (2_379_264, 6_343_680, 11_893_248, 19_820_544),
-    "adapter --bottleneck 64 --adapter pfeiffer": (1_189_632, 3_171_840, 5_946_624, 9_910_272),
+    "adapter --bottleneck 64 --placement pfeiffer": (1_189_632, 3_171_840, 5_946_624, 9_910_272),
 }
 
 

@@ -4,8 +4,9 @@ A mode is a module with three names: `Options`, a frozen dataclass whose fields 
 `TRAINING`, its measured defaults for lr and weight_decay; and `apply(model, options)`, which injects what the
 mode adds to a wholly frozen model and unfreezes what trains. A mode that adds parameters may have
 `merge(model)`, which folds them into the base's own weights, or raises UserError with the reason why it
-cannot; and any mode may have `describe(model)`, lines about what it learned. Nothing else in the project asks
-for a mode by name.
+cannot; any mode may have `describe(model)`, lines about what it learned; and one that PEFT has too has
+`PEFT_TYPE`, `PeftFields`, `to_peft` and `from_peft` (see minift/peft.py). Nothing else in the project asks
+for a mode by name, but for eval.py's batch of several LoRA files.
 """
 
 from importlib import import_module
@@ -42,8 +43,8 @@ def tuned_parameters(model: GPT) -> dict[str, torch.nn.Parameter]:
 
 @torch.no_grad()
 def load_tuned(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy a tuned file's tensors into a model to which the same mode was applied. Raises UserError, with
-    every difference, unless names and shapes are exactly those that train."""
+    """A tuned file's tensors into a model to which the same mode was applied, as new storage: see GPT.share.
+    Raises UserError, with every difference, unless names and shapes are exactly those that train."""
     tuned = tuned_parameters(model)
     faults = [f"{name} is missing" for name in tuned if name not in tensors]
     faults += [f"{name} is not expected" for name in tensors if name not in tuned]
@@ -52,7 +53,7 @@ def load_tuned(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
     if faults:
         raise UserError(f"{where} does not fit the model and options it names: {'; '.join(faults)}")
     for name, parameter in tuned.items():
-        parameter.copy_(tensors[name])
+        parameter.data = tensors[name].to(parameter, copy=True)
 
 
 def merge(model: GPT, mode: str) -> None:

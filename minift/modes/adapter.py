@@ -20,8 +20,8 @@ TRAINING = {"lr": 1e-3, "weight_decay": 0.0}
 @dataclass(frozen=True)
 class Options:
     bottleneck: int = option(64, "width of an adapter's middle")
-    adapter: str = option("houlsby", "houlsby: two adapters a block; pfeiffer: one, after the MLP",
-                          ("houlsby", "pfeiffer"))
+    placement: str = option("houlsby", "houlsby: two adapters a block; pfeiffer: one, after the MLP",
+                            ("houlsby", "pfeiffer"))
     adapter_norms: bool = option(False, "let every LayerNorm train too, as Houlsby et al. do")
 
 
@@ -46,7 +46,7 @@ def apply(model: GPT, options: Options) -> None:
     if options.bottleneck < 1:
         raise UserError(f"--bottleneck {options.bottleneck}: must be at least 1")
     for block in model.h:
-        slots = ("attn_adapter", "mlp_adapter") if options.adapter == "houlsby" else ("mlp_adapter",)
+        slots = ("attn_adapter", "mlp_adapter") if options.placement == "houlsby" else ("mlp_adapter",)
         for slot in slots:
             adapter = Adapter(model.config.n_embd, options.bottleneck, model.device)
             setattr(block, slot, adapter.requires_grad_(True))

@@ -1,11 +1,16 @@
 """LoRA (Hu et al. 2021): W stays frozen, and a low-rank update s B A beside it trains.
 
 A starts with Kaiming's uniform distribution and B at zero, so the first step starts from the base exactly.
-The arithmetic is `lora_linear` in minift/kernels.py; this file says where it goes.
+The arithmetic is `lora_linear` in minift/kernels.py; this file says where it goes, what PEFT calls it, and
+how one batch uses several files.
 """
 
 import math
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +18,12 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..kernels import lora_linear
 from ..model import GPT, Linear
-from ..options import option
+from ..options import finite, from_json, option, whole
 
 TRAINING = {"lr": 1e-3, "weight_decay": 0.0}
 GROUPS = {"all": "q,k,v,o,fc,proj", "attention": "q,k,v,o", "mlp": "fc,proj"}
 TARGETS = ("q", "k", "v", "qkv", "o", "fc", "proj")
+PLACES = {"attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "fc", "mlp.c_proj": "proj"}  # of a block
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,9 @@ class Options:
                                  "attention, mlp")
     scaling: str = option("standard", "standard: alpha/rank; rslora: alpha/sqrt(rank) (Kalajdzievski 2023)",
                           ("standard", "rslora"))
+    rank_pattern: str | None = option(None, "other ranks by parts of a layer's name, the last match counts: "
+                                            "c_attn=4,h.0.mlp=0; 0 leaves a layer out")
+    alpha_pattern: str | None = option(None, "other alphas, likewise")
 
 
 class LoRALinear(Linear):
@@ -58,13 +67,17 @@ class LoRALinear(Linear):
         return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.offsets,
                            self.dropout if self.training else 0.0)
 
+    def whole_B(self) -> Tensor:
+        """B of the same update as one of all outputs, whose A is `lora_A`: (out, parts * rank), each part a
+        block of its own, zero in the rows that no part covers."""
+        whole, rank = self.lora_B.new_zeros(self.out_features, len(self.lora_A)), self.lora_B.shape[1]
+        for i, (start, B) in enumerate(zip(self.offsets, self.lora_B.chunk(len(self.offsets)), strict=True)):
+            whole[start : start + self.part, i * rank : (i + 1) * rank] = B
+        return whole
+
     def update(self) -> Tensor:
-        """The dense update s B A in fp32, (out, in): zero in the rows that no part covers."""
-        dense = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
-        parts = len(self.offsets)
-        for start, A, B in zip(self.offsets, self.lora_A.chunk(parts), self.lora_B.chunk(parts), strict=True):
-            dense[start : start + self.part] = self.scale * (B.float() @ A.float())
-        return dense
+        """The dense update s B A in fp32, (out, in)."""
+        return self.scale * (self.whole_B().float() @ self.lora_A.float())
 
 
 def apply(model: GPT, options: Options) -> None:
@@ -73,25 +86,20 @@ def apply(model: GPT, options: Options) -> None:
     if options.rank < 1 or not options.alpha > 0 or not 0 <= options.dropout < 1:
         raise UserError(f"--rank {options.rank} --alpha {options.alpha} --dropout {options.dropout}: rank "
                         "must be at least 1, alpha above 0, dropout at least 0 and below 1")
-    scale = options.alpha / (math.sqrt(options.rank) if options.scaling == "rslora" else options.rank)
     targets, C = parse_targets(options.targets), model.config.n_embd
-    places = {"o": ("attn", "c_proj"), "fc": ("mlp", "c_fc"), "proj": ("mlp", "c_proj")}
-
-    def inject(owner: nn.Module, name: str, offsets: tuple[int, ...], part: int) -> None:
-        layer = LoRALinear(getattr(owner, name), options.rank, scale, options.dropout, offsets, part)
-        setattr(owner, name, layer)
-
-    for block in model.h:
-        fused = tuple(i * C for i, target in enumerate("qkv") if target in targets)
-        if "qkv" in targets:
-            inject(block.attn, "c_attn", (0,), 3 * C)
-        elif fused:
-            inject(block.attn, "c_attn", fused, C)
-        for target, (owner, name) in places.items():
-            if target in targets:
-                module = getattr(block, owner)
-                inject(module, name, (0,), getattr(module, name).out_features)
-    for layer in lora_layers(model):
+    parts = tuple(i * C for i, target in enumerate("qkv") if target in targets)  # of c_attn
+    names = [f"h.{i}.{place}" for i in range(len(model.h)) for place, target in PLACES.items()
+             if target in targets or (parts and place == "attn.c_attn")]
+    ranks = spread("--rank-pattern", options.rank_pattern, options.rank, names)
+    alphas = spread("--alpha-pattern", options.alpha_pattern, options.alpha, names)
+    for name in filter(ranks.get, names):
+        base, rank = model.get_submodule(name), ranks[name]
+        scale = alphas[name] / (math.sqrt(rank) if options.scaling == "rslora" else rank)
+        offsets, part = (parts, C) if parts and name.endswith("c_attn") else ((0,), base.out_features)
+        owner, _, slot = name.rpartition(".")
+        layer = LoRALinear(base, rank, scale, options.dropout, offsets, part)
+        setattr(model.get_submodule(owner), slot, layer)
+    for layer in lora_layers(model).values():
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
 
@@ -108,15 +116,33 @@ def parse_targets(text: str) -> set[str]:
     return set(names)
 
 
-def lora_layers(model: GPT) -> list[LoRALinear]:
-    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+def spread(flag: str, pattern: str | None, default: float, names: list[str]) -> dict[str, float]:
+    """A value for each layer: `pattern`'s, as far as it says one, else the default. Raises UserError."""
+    values = dict.fromkeys(names, default)
+    for word in pattern.split(",") if pattern else ():
+        part, _, text = word.strip().partition("=")
+        matched = [name for name in names if f".{part}." in f".{name}."]  # whole parts: h.1 is not h.11
+        try:
+            value = whole(text) if flag == "--rank-pattern" else finite(text)
+        except ValueError:
+            value = -1
+        if not matched or value < 0 or (value == 0 and flag == "--alpha-pattern"):
+            raise UserError(f"{flag} {word.strip()!r:.80}: must be parts of an adapted layer's name and its "
+                            f"value, such as c_attn=4 or h.0=4; there is {', '.join(names[:4])}, ...")
+        values |= dict.fromkeys(matched, value)
+    return values
+
+
+def lora_layers(model: GPT) -> dict[str, LoRALinear]:
+    """Every adapted layer by its name, such as h.0.attn.c_attn."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 @torch.no_grad()
 def merge(model: GPT) -> None:
     """Fold every update into its weight: the same function without the extra work. The sum is made in
     fp32."""
-    for layer in lora_layers(model):
+    for layer in lora_layers(model).values():
         if layer.unmerged is None:
             layer.unmerged = layer.weight.data
             layer.weight.data = (layer.weight.float() + layer.update()).to(layer.weight.dtype)
@@ -125,6 +151,184 @@ def merge(model: GPT) -> None:
 def unmerge(model: GPT) -> None:
     """Undo `merge`. The base's weights were kept, so they come back bit for bit (subtracting would not do
     that)."""
-    for layer in lora_layers(model):
+    for layer in lora_layers(model).values():
         if layer.unmerged is not None:
             layer.weight.data, layer.unmerged = layer.unmerged, None
+
+
+PEFT_TYPE = "LORA"
+
+
+@dataclass(frozen=True)
+class PeftFields:
+    """What is understood of a PEFT LoraConfig, with PEFT's defaults."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    fan_in_fan_out: bool = True  # how the base stores its weight, which changes nothing in the update
+    bias: str = option("none", "biases that train too", ("none",))
+    init_lora_weights: bool | str = option(True, "the start; others take something off the base's weights")
+    target_modules: list | str = field(default_factory=lambda: ["c_attn"])
+    exclude_modules: list | str = ""
+    layers_to_transform: list | int = field(default_factory=list)
+    layers_pattern: list | str = ""
+    rank_pattern: dict = field(default_factory=dict)
+    alpha_pattern: dict = field(default_factory=dict)
+    qalora_group_size: int = 16  # this and the next say nothing while use_qalora and megatron_config are off
+    megatron_core: str = ""
+
+
+def to_peft(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The LoraConfig's fields and the tensors. Parts of c_attn become one update of all of it, with as many
+    times the rank and alpha, so that alpha / r stays what it is."""
+    layers, n_layer = lora_layers(model), model.config.n_layer
+    values = {name: (len(one.lora_A), one.scale * len(one.lora_A)) for name, one in layers.items()}
+    (r, alpha), others = compress(values, n_layer)
+    targets = [place for place in PLACES if sum(name.endswith(place) for name in layers) == n_layer]
+    targets += [name for name in layers if not name.endswith(tuple(targets))]
+    fields = {"r": r, "lora_alpha": alpha, "target_modules": targets, "bias": "none", "fan_in_fan_out": True,
+              "lora_dropout": next(iter(layers.values())).dropout, "use_rslora": False,
+              "rank_pattern": {key: rank for key, (rank, _) in others.items()},
+              "alpha_pattern": {key: alpha for key, (_, alpha) in others.items()}}  # older PEFT: same keys
+    tensors = {}
+    for name, one in layers.items():
+        tensors[f"transformer.{name}.lora_A.weight"] = one.lora_A
+        tensors[f"transformer.{name}.lora_B.weight"] = one.whole_B()
+    return fields, tensors
+
+
+def from_peft(model: GPT, fields: dict[str, Any], tensors: dict[str, Tensor], where: str
+              ) -> tuple[Options, dict[str, Tensor]]:
+    """The reverse: options, and tensors under this mode's names. Only the base's shape is used. Raises
+    UserError."""
+    peft = from_json(PeftFields, fields, where)
+    if peft.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
+        raise UserError(f"{where}: init_lora_weights {peft.init_lora_weights!r:.40} takes something off the "
+                        "base's own weights, which this base still has: convert it to plain LoRA with PEFT")
+    layers = [f"h.{i}.{place}" for i in range(model.config.n_layer) for place in PLACES]
+    chosen = [name for name in layers if is_target(peft, name, where)]
+    if not chosen:
+        raise UserError(f"{where}: target_modules {peft.target_modules!r:.80} names no matrix of GPT-2's "
+                        f"blocks; there are {', '.join(PLACES)}")
+    tuned = {name.removeprefix("transformer.").removesuffix(".weight"): t for name, t in tensors.items()}
+    if outside := [name for name in tuned if name.rpartition(".")[0] not in layers]:
+        raise UserError(f"{where}: {outside[0]:.80} updates none of {', '.join(PLACES)} in this base's "
+                        f"{model.config.n_layer} blocks, and cannot be used here")
+
+    def value(pattern: dict[str, Any], usual: float, name: str) -> Any:
+        return next((v for key, v in pattern.items() if matches(rf"(.*\.)?({key})", name, where)), usual)
+
+    values = dict.fromkeys(layers, (0, 0.0))
+    for name in chosen:
+        rank = value(peft.rank_pattern, peft.r, name)
+        alpha = value(peft.alpha_pattern, peft.lora_alpha, name)
+        A = tuned.get(f"{name}.lora_A")
+        if A is None or A.dim() != 2 or len(A) != rank or rank is True:
+            raise UserError(f"{where}: the rank of {name} is {rank!r:.40}, and its lora_A is "
+                            f"{'missing' if A is None else tuple(A.shape)}")
+        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+            raise UserError(f"{where}: the alpha of {name} is {alpha!r:.40}, and must be a number above 0")
+        values[name] = rank, float(alpha)
+    targets = [place for place in PLACES if any(name.endswith(place) for name in chosen)]
+    used = {name: value for name, value in values.items() if name.endswith(tuple(targets))}
+    (rank, alpha), others = compress(used, model.config.n_layer)
+    ranks = ",".join(f"{key}={rank}" for key, (rank, _) in others.items())
+    alphas = ",".join(f"{key}={alpha}" for key, (_, alpha) in others.items() if alpha)
+    options = Options(rank=rank, alpha=alpha, dropout=peft.lora_dropout, rank_pattern=ranks or None,
+                      alpha_pattern=alphas or None, scaling="rslora" if peft.use_rslora else "standard",
+                      targets=",".join(PLACES[place] for place in targets))
+    return options, tuned
+
+
+def compress(values: dict[str, tuple[int, float]], n_layer: int) -> tuple[Any, dict[str, tuple[int, float]]]:
+    """The commonest (rank, alpha), and what differs from it, by the name of a place or of single layers."""
+    common = Counter(value for value in values.values() if value[0]).most_common(1)[0][0]
+    others = {}
+    for place in PLACES:
+        here = {name: value for name, value in values.items() if name.endswith(place)}
+        if len(here) == n_layer and len(set(here.values())) == 1:
+            here = {place: here[f"h.0.{place}"]}
+        others |= {key: value for key, value in here.items() if value != common}
+    return common, others
+
+
+def matches(pattern: str, name: str, where: str) -> bool:
+    """Whether the whole name, as PEFT writes it with or without the head, fits a regular expression."""
+    try:
+        return any(re.fullmatch(pattern, full) for full in (f"transformer.{name}", name))
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r:.80} is no regular expression: {error}") from None
+
+
+def is_target(peft: PeftFields, name: str, where: str) -> bool:
+    """PEFT's check_target_module_exists: a text is a regular expression, a list has ends of names."""
+    def named(modules: list | str) -> bool:
+        if isinstance(modules, str):
+            return modules == "all-linear" or matches(modules, name, where)
+        return any(f".transformer.{name}".endswith(f".{module}") for module in modules)
+
+    layers = peft.layers_to_transform
+    if peft.layers_pattern not in ("", [], "h", ["h"]):
+        raise UserError(f"{where}: layers_pattern {peft.layers_pattern!r:.40}: GPT-2's layers are h")
+    layers = layers if isinstance(layers, list) else [layers]
+    in_layers = not layers or int(name.split(".")[1]) in layers
+    return in_layers and named(peft.target_modules) and not named(peft.exclude_modules)
+
+
+class MixedLinear(Linear):
+    """A linear layer in which each row of a batch uses its own of F updates, or none (-1).
+
+    A: (F + 1, R, in), B: (F + 1, out, R) with the scale in it; R is the largest rank, the rest zero, and the
+    last update too. `rows` (B,) says which.
+    """
+
+    def __init__(self, base: Linear, layers: list[LoRALinear | None]):
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight, self.bias, self.rows = base.weight, base.bias, torch.tensor([-1])
+        ranks = [0 if layer is None else len(layer.lora_A) for layer in layers]
+        self.A = base.weight.new_zeros(len(layers) + 1, max(ranks), base.in_features)
+        self.B = base.weight.new_zeros(len(layers) + 1, base.out_features, max(ranks))
+        for i, (layer, rank) in enumerate(zip(layers, ranks, strict=True)):
+            if layer is not None:
+                self.A[i, :rank] = layer.lora_A
+                self.B[i, :, :rank] = layer.scale * layer.whole_B()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) != len(self.rows):
+            raise UserError(f"a batch of {len(x)} rows, and `choose` named the files of {len(self.rows)}")
+        h = torch.bmm(x, self.A[self.rows].transpose(1, 2))  # (B, T, in) -> (B, T, R)
+        return torch.baddbmm(super().forward(x), h, self.B[self.rows].transpose(1, 2))  # -> (B, T, out)
+
+
+@torch.no_grad()
+def mix(base: GPT, models: Sequence[GPT]) -> GPT:
+    """A model for batches whose rows use different LoRA files, as `choose` says. The
+    base's products are those of one model, to which each row adds its own update. For inference alone.
+
+    models: made from `base` by GPT.share, each with its LoRA. Raises UserError when one is tuned otherwise.
+    """
+    mixed, layers = base.share(), [lora_layers(model) for model in models]
+    for model, own in zip(models, layers, strict=True):
+        low_rank = {p for layer in own.values() for p in (layer.lora_A, layer.lora_B)}
+        tuned = {p for p in model.parameters() if p.requires_grad}
+        if model.fingerprint != base.fingerprint or tuned != low_rank:
+            raise UserError("the rows of a batch can use different LoRA files of one base, and nothing else: "
+                            "a soft prompt makes rows longer, other modes change more than a low-rank "
+                            "update; use those one at a time")
+    for name in dict.fromkeys(name for own in layers for name in own):
+        owner, _, slot = name.rpartition(".")
+        layer = MixedLinear(mixed.get_submodule(name), [own.get(name) for own in layers])
+        setattr(mixed.get_submodule(owner), slot, layer)
+    return mixed
+
+
+def choose(mixed: GPT, rows: Sequence[int]) -> None:
+    """From now on row i of a batch uses the update of `mix`'s models[rows[i]]; -1 is the base itself."""
+    for layer in mixed.modules():
+        if isinstance(layer, MixedLinear):
+            files = len(layer.A) - 1
+            if not all(-1 <= row < files for row in rows):
+                raise UserError(f"rows {list(rows)}: there are {files} files, from 0 on, and -1, the base")
+            layer.rows = torch.tensor(rows, device=layer.A.device)
