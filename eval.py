@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minift import checkpoint, config, data, metrics, modes, weights
+from minift import checkpoint, config, data, metrics, modes, parallel, weights
 from minift.config import Config
 from minift.errors import UserError, run_script
 from minift.generate import generate
@@ -101,7 +101,10 @@ def show(scores: dict[str, dict[str, Any]], examples: list[data.Example], shown:
               f"  tuned  {after!r}")
 
 
+@parallel.processes()
 def main(arguments: list[str]) -> None:
+    if parallel.WORLD > 1:
+        raise UserError("eval.py is one process: python eval.py ..., without torchrun")
     parser = Parser(prog="eval.py", description=__doc__)
     parser.add_argument("run", help="the folder of a run")
     add_options(parser, "options", EvalOptions)

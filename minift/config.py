@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from . import modes, run
+from . import modes, parallel, run
 from .data import DataOptions
 from .errors import UserError
 from .machine import DEVICES, DTYPES
@@ -25,7 +25,7 @@ class TrainOptions:
                                "network, and --model may also be gpt3-175b")
     epochs: float = option(3.0, "passes over the training rows")
     steps: int | None = option(None, "optimizer steps, instead of --epochs")
-    batch: int = option(16, "rows in a forward pass")
+    batch: int = option(16, "rows in a forward pass, those of all processes together")
     accumulate: int = option(1, "forward passes in an optimizer step; the loss is a mean over all their "
                                 "target tokens")
     lr: float | None = option(None, "peak learning rate (default: the mode's)")
@@ -49,6 +49,8 @@ class TrainOptions:
                                        "forgetting")
     dtype: str = option("auto", "what to compute in; auto: bf16 where the hardware has it", DTYPES)
     device: str = option("auto", "where to compute", DEVICES)
+    shard: bool = option(False, "spread the model over torchrun's processes (FSDP2), if it is too large for "
+                                "one device")
     seed: int = option(0, "seed of everything random: split, order, initialisation, dropout")
     on_nan: str = option("stop", "what to do about a loss or gradient that is not finite", ("stop", "skip"))
     max_skips: int = option(10, "with --on-nan skip: steps left out before the run ends after all")
@@ -87,7 +89,7 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
             raise UserError("--resume goes on with the options that the run was started with: leave out "
                             f"{flag(others[0])}")
         return {one.mode: replace(one, train=replace(one.train, resume=args.resume, out=args.resume))
-                for one in load_all(Path(args.resume))}
+                for one in parallel.from_first(lambda: load_all(Path(args.resume)))}
 
     asked = args.mode or ("all" if args.plan else TrainOptions.mode)
     chosen = list(modes.MODES) if asked == "all" else asked.split(",")
@@ -100,6 +102,9 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
             if getattr(args, field.name) is not None:
                 raise UserError(f"{flag(field.name)} belongs to mode {mode}, and this run is "
                                 f"{', '.join(chosen)}: leave it out or change --mode")
+    if args.shard and (args.plan or parallel.WORLD == 1):
+        raise UserError("--shard spreads a run over several processes: torchrun --nproc-per-node N train.py "
+                        "...; --plan knows a process that holds the whole model")
     if args.model and not args.data and not args.plan:
         raise UserError("--model needs --data FILE_OR_FOLDER: the embedded pairs belong to the embedded base")
     embedded = {"data": (str(TINY / "pairs"), "embedded")}
@@ -146,6 +151,8 @@ def describe(config: Config) -> str:
 
 
 def save(folder: Path, config: Config) -> None:
+    if parallel.FIRST:
+        folder.mkdir(exist_ok=True)
     run.write_json(folder / "config.json", {
         "mode": config.mode, "train": asdict(config.train), "data": asdict(config.data),
         "own": asdict(config.own), "origins": config.origins})

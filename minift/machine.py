@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from . import parallel
 from .errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -22,7 +23,13 @@ def choose_device(name: str) -> torch.device:
     if not here[name]:
         raise UserError(f"--device {name}: this machine (or this build of torch) has none; there is "
                         f"{', '.join(device for device, found in here.items() if found)}")
-    return torch.device(name)
+    if name != "cuda" or parallel.WORLD == 1:
+        return torch.device(name)
+    if parallel.LOCAL_RANK >= torch.cuda.device_count():
+        raise UserError(f"a GPU for each process, and this machine has {torch.cuda.device_count()}: lower "
+                        "torchrun's --nproc-per-node, or pass --device cpu")
+    torch.cuda.set_device(parallel.LOCAL_RANK)  # what `cuda` means from now on, to NCCL and Triton too
+    return torch.device("cuda", parallel.LOCAL_RANK)
 
 
 def fast_bf16(device: torch.device) -> bool:

@@ -69,10 +69,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], number: i
     """Send this process a signal in the middle of these steps, counted over all runs of a test."""
     whole, count = script.train_step, iter(range(1, 10_000))
 
-    def step(model: Any, micro_batches: list, clip: float) -> tuple[float, float]:
+    def step(*arguments: Any) -> tuple[float, float]:
         if next(count) in steps:
             os.kill(os.getpid(), number)
-        return whole(model, micro_batches, clip)
+        return whole(*arguments)
 
     monkeypatch.setattr(script, "train_step", step)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..errors import UserError
 from ..model import GPT
 
@@ -40,7 +41,6 @@ def tuned_parameters(model: GPT) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-@torch.no_grad()
 def load_tuned(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
     """Copy a tuned file's tensors into a model to which the same mode was applied. Raises UserError, with
     every difference, unless names and shapes are exactly those that train."""
@@ -52,7 +52,7 @@ def load_tuned(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
     if faults:
         raise UserError(f"{where} does not fit the model and options it names: {'; '.join(faults)}")
     for name, parameter in tuned.items():
-        parameter.copy_(tensors[name])
+        parallel.fill(parameter, tensors[name])
 
 
 def merge(model: GPT, mode: str) -> None:
