@@ -94,7 +94,7 @@ def test_a_resumed_run_is_bit_identical(
         line = f"stopped after step {step}; python train.py --resume {tmp_path / 'x'} goes on from there\n"
         assert ended.out.endswith(line)
         assert progress(tmp_path / "x")["step"] == step and not (tmp_path / "x" / "result.json").exists()
-    torch.manual_seed(99)  # resuming restores the random state, whatever it is
+    torch.manual_seed(99)  # whatever the random state is, a step seeds its own
     trained("--resume", tmp_path / "x")
     assert_same_run(tmp_path / "whole", tmp_path / "x")
     assert set(files(tmp_path / "whole")) == set(files(tmp_path / "x"))
