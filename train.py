@@ -274,24 +274,6 @@ def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str
     return result
 
 
-def check_modes(asked: dict[str, Config], base: GPT) -> None:
-    """Refuse what a mode cannot do with this base before anything is scored or written."""
-    data.require_tokenizer(base)
-    for mode, one in asked.items():
-        trial = weights.blank(base.folder)
-        try:
-            prepare(trial, one)
-        except RuntimeError as error:  # even without memory, a tensor can be too large
-            raise UserError(f"--mode {mode} cannot be applied to {base.folder} with these options: "
-                            f"{error}") from None
-        if not modes.tuned_parameters(trial):
-            raise UserError(f"--mode {mode} leaves nothing to train in {base.folder} with these options")
-        room = trial.config.n_positions - trial.prompt_tokens
-        if one.train.max_new_tokens >= room:
-            raise UserError(f"--max-new-tokens {one.train.max_new_tokens} leaves no room for a prompt in the "
-                            f"{room} positions of the model: lower it")
-
-
 @parallel.processes()
 def main(arguments: list[str]) -> None:
     asked = config.parse(arguments, __doc__)  # one configuration for each mode
@@ -307,7 +289,7 @@ def main(arguments: list[str]) -> None:
     parallel.place(base, device, options.shard)
     print(f"base {base.folder}: {sum(p.numel() for p in base.parameters()):,} parameters, on {device} in "
           f"{str(base.compute_dtype).removeprefix('torch.')}")
-    check_modes(asked, base)
+    config.check_modes(asked, base)
     room = base.config.n_positions - max(one.prompt_tokens for one in asked.values())
     limits = {"train": None, "val": options.val_rows, "test": options.test_rows}
     rows, lines = data.load_examples(first.data, options.seed, base, room, limits)

@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from . import modes, parallel, run
-from .data import DataOptions
+from . import modes, parallel, run, weights
+from .data import DataOptions, require_tokenizer
 from .errors import UserError
 from .machine import DEVICES, DTYPES
+from .model import GPT
 from .options import Parser, add_options, flag, from_json, option, resolve
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"  # the embedded base, its pairs and its general text
@@ -139,6 +140,24 @@ def check(options: TrainOptions) -> None:
     if not 0 <= options.warmup_ratio <= 1 or not 0 <= options.model_dropout < 1:
         raise UserError(f"--warmup-ratio {options.warmup_ratio} --model-dropout {options.model_dropout}: "
                         "the first lies in 0..1, the second is at least 0 and below 1")
+
+
+def check_modes(asked: dict[str, Config], base: GPT) -> None:
+    """Refuse what a mode cannot do with this base before anything is scored or written."""
+    require_tokenizer(base)
+    for mode, one in asked.items():
+        trial = weights.blank(base.folder)
+        try:
+            modes.apply(trial, mode, one.own)
+        except RuntimeError as error:  # even without memory, a tensor can be too large
+            raise UserError(f"--mode {mode} cannot be applied to {base.folder} with these options: "
+                            f"{error}") from None
+        if not modes.tuned_parameters(trial):
+            raise UserError(f"--mode {mode} leaves nothing to train in {base.folder} with these options")
+        room = trial.config.n_positions - trial.prompt_tokens
+        if one.train.max_new_tokens >= room:
+            raise UserError(f"--max-new-tokens {one.train.max_new_tokens} leaves no room for a prompt in the "
+                            f"{room} positions of the model: lower it")
 
 
 def describe(config: Config) -> str:
