@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minift import checkpoint, compare, config, data, metrics, modes, peft, weights
+from minift import checkpoint, compare, config, data, metrics, modes, parallel, peft, weights
 from minift.config import Config
 from minift.errors import UserError, run_script
 from minift.generate import generate
@@ -111,7 +111,10 @@ def show(scores: dict[str, dict[str, Any]], examples: list[data.Example], shown:
             print(f"  {name:{width}} {score['completions'][i]!r}")
 
 
+@parallel.processes()
 def main(arguments: list[str]) -> None:
+    if parallel.WORLD > 1:
+        raise UserError("eval.py is one process: python eval.py ..., without torchrun")
     parser = Parser(prog="eval.py", description=__doc__)
     parser.add_argument("run", nargs="?", help="the folder of a run, or a PEFT folder")
     parser.add_argument("--adapter", action="append", default=[], metavar="DIR",

@@ -4,14 +4,17 @@
     python train.py --mode all                        every mode on the same rows, and one table
     python train.py --model gpt2 --data my.jsonl      GPT-2 on your own pairs
     python train.py --adapter DIR                     go on from a run's tuned parameters, or from PEFT's
+    torchrun --nproc-per-node 2 train.py ...          on two GPUs; --shard if one cannot hold the model
 
 It reads from top to bottom: options, one training run, scores, main. The loop never asks which mode it is in:
 a mode (minift/modes/) decides what is injected and what trains, and whatever trains is what the optimizer
 gets and a run saves.
 """
 
+import contextlib
 import itertools
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from minift import checkpoint, compare, config, data, metrics, modes, plan, run, weights
+from minift import checkpoint, compare, config, data, metrics, modes, parallel, plan, run, weights
 from minift.checkpoint import Progress
 from minift.config import Config, TrainOptions
 from minift.data import Example
@@ -94,16 +97,19 @@ def widest_batch(examples: list[Example], options: TrainOptions) -> list[Example
                key=lambda batch: len(batch) * max(len(e.ids) for e in batch))
 
 
-def train_step(model: GPT, micro_batches: list[list[Example]], clip: float) -> tuple[float, float]:
-    """Gradients of one optimizer step; gives the loss in nats a target token and the gradient's norm before
-    clipping. The loss is the sum over the target tokens of all micro-batches divided by their number, so 1 x
-    8 rows and 8 x 1 row are the same step."""
+def train_step(model: GPT, micro_batches: list[list[Example]], clip: float,
+               replica: nn.Module | None = None) -> tuple[float, float]:
+    """Gradients of one optimizer step; gives the loss in nats a target token, of this rank's rows, and the
+    norm of the whole gradient before clipping. The loss is the sum over the target tokens of all
+    micro-batches divided by their number, so 1 x 8 rows and 8 x 1 row are the same step, as are 2 x 4 on two
+    ranks. `replica` comes from parallel.replicate."""
     targets_in_step = sum(len(e.ids) - e.n_prompt for batch in micro_batches for e in batch)
     loss_sum = 0.0
-    for batch in micro_batches:
-        ids, targets = data.collate(batch, pad_id=0)
-        loss = model.loss(ids.to(model.device), targets) / targets_in_step
-        loss.backward()
+    for number, batch in enumerate(micro_batches, start=1):
+        ids, targets = data.collate(parallel.share(batch), pad_id=0)
+        with replica.no_sync() if replica and number < len(micro_batches) else contextlib.nullcontext():
+            loss = (replica or model.loss)(ids.to(model.device), targets) / targets_in_step
+            (loss * parallel.WORLD).backward()  # gradients are averaged over the ranks
         loss_sum += loss.item()
     tuned = modes.tuned_parameters(model).values()
     return loss_sum, nn.utils.clip_grad_norm_(tuned, clip or math.inf).item()
@@ -119,7 +125,7 @@ def refuse_step(model: GPT, loss: float, micro_batches: list[list[Example]], opt
                    file=sys.stdout)
         return
     tuned = modes.tuned_parameters(model)
-    norms = {name: p.grad.norm().item() for name, p in tuned.items() if p.grad is not None}
+    norms = {name: parallel.whole(p.grad).norm().item() for name, p in tuned.items() if p.grad is not None}
     worst = max(norms, key=lambda name: norms[name] if math.isfinite(norms[name]) else math.inf)
     rows = ", ".join(e.pair.where for batch in micro_batches for e in batch)
     last = folder / checkpoint.LAST
@@ -133,6 +139,7 @@ def validate(model: GPT, val: list[Example], options: TrainOptions, folder: Path
              progress: Progress) -> float:
     """The validation loss; keeps the parameters if it is the best so far, and decides on early stopping."""
     val_loss = metrics.measure_losses(model, val, options.batch).loss
+    parallel.reshard(model)
     if not math.isfinite(val_loss):
         raise UserError(f"step {progress.step}: the validation loss is {val_loss}; what {folder} holds is "
                         "from before and intact: lower --lr")
@@ -151,11 +158,12 @@ def begin(model: GPT, options: TrainOptions, val: list[Example], folder: Path, b
           optimizer: torch.optim.Optimizer) -> Progress:
     """A new run, saved before its first step, or the one to resume, as it was last saved."""
     saved = (checkpoint.LAST, checkpoint.TUNED, "metrics.jsonl")
-    if not options.resume or not any((folder / name).exists() for name in saved):  # nothing was saved yet
+    there = parallel.from_first(lambda: any((folder / name).exists() for name in saved))
+    if not options.resume or not there:
         checkpoint.save_last(folder, model, belongs, optimizer, Progress())
         return Progress()
     progress = checkpoint.load_last(folder, model, belongs, optimizer)
-    if progress.best_step and not checkpoint.best_is_whole(folder, belongs):
+    if progress.best_step and not parallel.from_first(lambda: checkpoint.best_is_whole(folder, belongs)):
         print(f"{folder / checkpoint.TUNED} is missing or damaged: the best parameters, of step "
               f"{progress.best_step}, are lost, and those of step {progress.step} take their place")
         progress.best_val_loss = math.inf
@@ -170,8 +178,12 @@ def train(model: GPT, asked: Config, rows: dict[str, list[Example]], folder: Pat
     eval_every = options.eval_every or max(1, steps // 10)
     optimizer = make_optimizer(model, options.lr, options.weight_decay)
     belongs = checkpoint.identity(model, mode, asked.own, options.model) | checkpoint.course(options, rows)
+    if parallel.from_first(lambda: belongs) != belongs:
+        raise UserError(f"rank {parallel.RANK} has other options, rows or weights than rank 0: give every "
+                        "machine the same")
     start_sum = checkpoint.checksum(modes.tuned_parameters(model), {})
     progress = begin(model, options, rows["val"], folder, belongs, optimizer)
+    replica = parallel.replicate(model)
     log = run.MetricsLog(folder, progress.step)
     bar = tqdm(total=steps, initial=progress.step, desc=mode, unit="step", file=sys.stdout,
                disable=not sys.stdout.isatty())
@@ -184,7 +196,9 @@ def train(model: GPT, asked: Config, rows: dict[str, list[Example]], folder: Pat
             lr = options.lr * lr_factor(progress.step, steps, options.schedule, options.warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, norm = train_step(model, micro_batches, options.clip)
+            parallel.seed(options.seed, progress.step)
+            loss, norm = train_step(model, micro_batches, options.clip, replica)
+            loss, stop = parallel.total(loss, signals.received)
             if math.isfinite(loss) and math.isfinite(norm):
                 optimizer.step()
                 progress.window_loss += loss
@@ -206,13 +220,14 @@ def train(model: GPT, asked: Config, rows: dict[str, list[Example]], folder: Pat
                 best = "  best" if progress.stale == 0 else ""
                 bar.write(f"{mode} step {progress.step}/{steps}  train {progress.train_loss:.4f}  val "
                           f"{val_loss:.4f}  lr {lr:.1e}  {speed:,.0f} tokens/s{best}", file=sys.stdout)
-            if validated or signals.received:
+            if validated or stop:
                 checkpoint.save_last(folder, model, belongs, optimizer, progress)
-            if signals.received:
+            if stop:
                 whole = folder if options.mode == mode else folder.parent  # a comparison goes on as one
                 print(f"stopped after step {progress.step}; python train.py --resume {whole} goes on from "
                       "there")
-                sys.exit(128 + signals.received)
+                parallel.total(0)  # the first process that ends gets the others killed: all are done now
+                sys.exit(128 + (signals.received or signal.SIGTERM))
     if progress.stopped:
         print(f"{mode}: stopped early, {options.patience} validations without a better loss")
     checkpoint.load_best(folder, model)
@@ -229,16 +244,18 @@ def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str
     mode, options = asked.mode, asked.train
     began, device = time.perf_counter(), choose_device(options.device)
     batch = widest_batch(rows["train"], options)
-    planned = plan.predict(asked, shape, batch, prepare, make_optimizer, train_step)
+    planned = None  # with --shard: the plan knows a process that holds the whole model
+    if not options.shard:
+        planned = plan.predict(asked, shape, batch, prepare, make_optimizer, train_step)
     reset_peak_memory(device)
-    resident = resident_memory(device)
+    predicted = planned and planned["predicted_peak_bytes"] + resident_memory(device)
     torch.manual_seed(options.seed)
     model = weights.load(options.model)
     total = sum(p.numel() for p in model.parameters())
     prepare(model, asked)
-    if options.adapter and not (folder / checkpoint.LAST).exists():  # else its own parameters are there
-        start(model, asked)
-    model.to(device)
+    if options.adapter and not parallel.from_first((folder / checkpoint.LAST).exists):
+        start(model, asked)  # else the run's own parameters are there
+    parallel.place(model, device, options.shard)
     trainable = sum(p.numel() for p in modes.tuned_parameters(model).values())
     print(f"\n{mode}: {trainable:,} parameters train, {trainable / total:.2%} of the base's {total:,}")
     progress = train(model, asked, rows, folder)
@@ -253,8 +270,8 @@ def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str
         **{name: after[name] for name in ("token_accuracy", "exact_match", "rouge1", "rouge2", "rougeL")},
         "base_test_loss": before["loss"], "base_rougeL": before["rougeL"],
         "forgetting": after["general_loss"] - before["general_loss"] if general else None,
-        "tuned_bytes": (folder / checkpoint.TUNED).stat().st_size, "peak_memory_bytes": peak,
-        "predicted_peak_bytes": resident + planned["predicted_peak_bytes"],
+        "tuned_bytes": parallel.from_first(lambda: (folder / checkpoint.TUNED).stat().st_size),
+        "peak_memory_bytes": peak, "predicted_peak_bytes": predicted,
         "tokens_per_second": progress.tokens / progress.seconds, "seconds": time.perf_counter() - began}
     run.write_json(folder / "result.json", result)
     for example, old, new in zip(rows["test"][:3], before["completions"], after["completions"], strict=False):
@@ -262,31 +279,11 @@ def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str
     print(f"\n{mode}: test loss {before['loss']:.4f} -> {after['loss']:.4f}, ROUGE-L {before['rougeL']:.3f} "
           f"-> {after['rougeL']:.3f}, {compare.size(result['tuned_bytes'])} in {folder / checkpoint.TUNED}, "
           f"peak memory {compare.cell('peak_memory_bytes', peak)}, predicted "
-          f"{compare.size(result['predicted_peak_bytes'])}")
+          f"{compare.cell('predicted_peak_bytes', predicted)}")
     return result
 
 
-def check_modes(asked: dict[str, Config], base: GPT) -> None:
-    """Refuse what a mode cannot do with this base before anything is scored or written."""
-    data.require_tokenizer(base)
-    for mode, one in asked.items():
-        trial = weights.blank(base.folder)
-        try:
-            prepare(trial, one)
-        except RuntimeError as error:  # even without memory, a tensor can be too large
-            raise UserError(f"--mode {mode} cannot be applied to {base.folder} with these options: "
-                            f"{error}") from None
-        if one.train.adapter and not one.train.resume:
-            trial.fingerprint = base.fingerprint
-            start(trial, one)
-        if not modes.tuned_parameters(trial):
-            raise UserError(f"--mode {mode} leaves nothing to train in {base.folder} with these options")
-        room = trial.config.n_positions - trial.prompt_tokens
-        if one.train.max_new_tokens >= room:
-            raise UserError(f"--max-new-tokens {one.train.max_new_tokens} leaves no room for a prompt in the "
-                            f"{room} positions of the model: lower it")
-
-
+@parallel.processes()
 def main(arguments: list[str]) -> None:
     asked = config.parse(arguments, __doc__)  # one configuration for each mode
     first = next(iter(asked.values()))
@@ -298,10 +295,10 @@ def main(arguments: list[str]) -> None:
     base = weights.load(options.model)
     base.requires_grad_(False)
     base.set_compute_dtype(choose_dtype(options.dtype, device))
-    base.to(device)
+    parallel.place(base, device, options.shard)
     print(f"base {base.folder}: {sum(p.numel() for p in base.parameters()):,} parameters, on {device} in "
           f"{str(base.compute_dtype).removeprefix('torch.')}")
-    check_modes(asked, base)
+    config.check_modes(asked, base)
     room = base.config.n_positions - max(one.prompt_tokens for one in asked.values())
     limits = {"train": None, "val": options.val_rows, "test": options.test_rows}
     rows, lines = data.load_examples(first.data, options.seed, base, room, limits)
@@ -314,21 +311,23 @@ def main(arguments: list[str]) -> None:
     if general is not None and len(data.tokenize(base.tokenizer, [general[:1000]])[0]) < 2:
         raise UserError(f"--general {options.general} holds fewer than two tokens: there is nothing to score")
 
-    out = Path(options.out) if options.out else run.next_free(Path("runs") / options.mode.replace(",", "-"))
+    out = parallel.from_first(lambda: Path(options.out) if options.out else
+                              run.next_free(Path("runs") / options.mode.replace(",", "-")))
     folders = {mode: out / mode if several else out for mode in asked}
-    with run.open_folder(out, options.overwrite, resume=options.resume is not None):
+    goes_on = f"what {out} holds is intact, and train.py --resume {out} goes on from its last.safetensors"
+    with run.open_folder(out, options.overwrite, resume=options.resume is not None), parallel.guard(goes_on):
         if several and not options.resume:
             run.write_json(out / "compare.json", [{"mode": mode} for mode in asked])  # what --resume goes by
         for mode, one in asked.items():
             print(config.describe(one))
             if not options.resume:
-                folders[mode].mkdir(exist_ok=True)
                 config.save(folders[mode], one)
         before = metrics.score(base, rows["test"], options.batch, options.max_new_tokens, general)
         shape = weights.blank(base.folder)
         del base
         again = several and options.resume
-        done = {mode: checkpoint.finished(folders[mode]) if again else None for mode in asked}
+        done = parallel.from_first(
+            lambda: {mode: checkpoint.finished(folders[mode]) if again else None for mode in asked})
         results = [done[mode] or tune(one, shape, rows, general, before, folders[mode])
                    for mode, one in asked.items()]
         if several:

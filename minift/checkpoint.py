@@ -1,8 +1,9 @@
 """The two tensor files of a run, written atomically, with a checksum of all that they hold.
 
     tuned.safetensors   the parameters that trained, at the best validation loss, bound to their base
-    last.safetensors    everything needed to go on: parameters, optimizer, random state, progress
+    last.safetensors    everything needed to go on: parameters, optimizer, progress
 
+Both are the same whatever the number of processes: rank 0 writes whole tensors, and gives them to the others.
 Best and last are apart, so that one survives whatever happens to the other.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import modes, peft, run, safetensors
+from . import modes, parallel, peft, run, safetensors
 from .data import Example
 from .errors import UserError
 from .model import GPT
@@ -23,7 +24,7 @@ from .options import from_json
 
 FORMAT = 1
 TUNED, LAST = "tuned.safetensors", "last.safetensors"
-FREE = ("mode", "model", "out", "overwrite", "resume", "device", "general")  # options no result depends on
+FREE = ("mode", "model", "out", "overwrite", "resume", "device", "shard", "general")  # no result needs them
 
 
 @dataclass
@@ -50,19 +51,31 @@ def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         if tensor.numel():
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            digest.update(parallel.whole(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Atomically: until the new file is whole and on the disk, the old one stays."""
+    """Atomically: until the new file is whole and on the disk, the old one stays. `tensors` come from
+    `gather`."""
+    if not parallel.FIRST:
+        return
     metadata = metadata | {"format": str(FORMAT)}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         safetensors.write(path, tensors, metadata | {"sha256": checksum(tensors, metadata)})
     except UserError as error:
         safe = f"train.py --resume {path.parent} goes on" if path.with_name(LAST).exists() else "start again"
         raise UserError(f"{error}; make room or leave to write there, then {safe}") from None
+
+
+def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, one after the other: on rank 0; nothing on the others."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = parallel.whole(tensor.detach())
+        if parallel.FIRST:
+            gathered[name] = full.cpu().contiguous()
+    return gathered
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -83,6 +96,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{error}" + (f" ({other.name} beside it is there: {use})" if other.is_file() else "")
                         ) from None
     return tensors, metadata
+
+
+def read_on_first(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`read` for every rank, of rank 0's file: the others get the metadata, and tensors without values that
+    parallel.fill fills."""
+    tensors, metadata = read(path) if parallel.FIRST else ({}, {})
+    shapes, metadata = parallel.from_first(lambda: ({n: t.to("meta") for n, t in tensors.items()}, metadata))
+    return tensors if parallel.FIRST else shapes, metadata
 
 
 def identity(model: GPT, mode: str, options: Any, base: str) -> dict[str, str]:
@@ -152,7 +173,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 def save_tuned(folder: Path, model: GPT, belongs: dict[str, str], progress: Progress) -> None:
     """The parameters that train, as they are now. `belongs` comes from `identity`."""
-    write(folder / TUNED, modes.tuned_parameters(model),
+    write(folder / TUNED, gather(modes.tuned_parameters(model)),
           belongs | {"step": str(progress.step), "val_loss": str(progress.best_val_loss)})
 
 
@@ -191,23 +212,22 @@ def load_tuned(folder: Path, model: GPT, base: str, expected: dict[str, str] | N
 
 def load_best(folder: Path, model: GPT) -> None:
     """The best parameters so far into a model that has the run's mode already."""
-    modes.load_tuned(model, read(folder / TUNED)[0], str(folder / TUNED))
+    modes.load_tuned(model, read_on_first(folder / TUNED)[0], str(folder / TUNED))
 
 
 def save_last(folder: Path, model: GPT, belongs: dict[str, str], optimizer: torch.optim.Optimizer,
               progress: Progress) -> None:
     """Everything needed to go on as if nothing had happened. UserError: the parameters are not finite."""
-    broken = [name for name, p in modes.tuned_parameters(model).items() if not p.isfinite().all()]
-    if broken:
-        raise UserError(f"step {progress.step}: {broken[0]} is no longer finite; {folder / LAST} is kept as "
-                        "it was before: lower --lr")
-    tensors = {"random.cpu": torch.get_rng_state()}
-    if model.device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(model.device)
+    tensors = {}
     for name, parameter in modes.tuned_parameters(model).items():
         tensors[f"tuned.{name}"] = parameter
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+    tensors = gather(tensors)
+    broken = [name for name, t in tensors.items() if name.startswith("tuned.") and not t.isfinite().all()]
+    if broken:
+        raise UserError(f"step {progress.step}: {broken[0].removeprefix('tuned.')} is no longer finite; "
+                        f"{folder / LAST} is kept as it was before: lower --lr")
     write(folder / LAST, tensors, belongs | {"progress": json.dumps(asdict(progress))})
 
 
@@ -216,7 +236,7 @@ def load_last(folder: Path, model: GPT, belongs: dict[str, str],
     """The reverse of `save_last`, into a model to which the run's mode was applied. Raises UserError when the
     file was made with other options or on another base."""
     path = folder / LAST
-    tensors, metadata = read(path)
+    tensors, metadata = read_on_first(path)
     check(metadata, belongs, path)
     saved = {name.removeprefix("tuned."): t for name, t in tensors.items() if name.startswith("tuned.")}
     modes.load_tuned(model, saved, str(path))
@@ -226,8 +246,7 @@ def load_last(folder: Path, model: GPT, belongs: dict[str, str],
             _, entry, name = key.split(".", 2)
             on_cpu = entry == "step" and not optimizer.defaults["fused"]  # as AdamW itself keeps its count
             place = "cpu" if on_cpu else tuned[name].device
-            optimizer.state[tuned[name]][entry] = tensor.clone().to(place)
-    torch.set_rng_state(tensors["random.cpu"].clone())
-    if "random.cuda" in tensors and model.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random.cuda"].clone(), model.device)
+            like = torch.empty_like(tuned[name]) if tensor.dim() else torch.empty((), device=place)
+            optimizer.state[tuned[name]][entry] = like
+            parallel.fill(like, tensor)
     return from_json(Progress, json.loads(metadata["progress"]), str(path))

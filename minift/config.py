@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, modes, run, weights
-from .data import DataOptions
+from . import checkpoint, modes, parallel, run, weights
+from .data import DataOptions, require_tokenizer
 from .errors import UserError
 from .machine import DEVICES, DTYPES
+from .model import GPT
 from .options import Parser, add_options, flag, from_json, option, resolve
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"  # the embedded base, its pairs and its general text
@@ -28,7 +29,7 @@ class TrainOptions:
                                "network, and --model may also be gpt3-175b")
     epochs: float = option(3.0, "passes over the training rows")
     steps: int | None = option(None, "optimizer steps, instead of --epochs")
-    batch: int = option(16, "rows in a forward pass")
+    batch: int = option(16, "rows in a forward pass, those of all processes together")
     accumulate: int = option(1, "forward passes in an optimizer step; the loss is a mean over all their "
                                 "target tokens")
     lr: float | None = option(None, "peak learning rate (default: the mode's)")
@@ -52,6 +53,8 @@ class TrainOptions:
                                        "forgetting")
     dtype: str = option("auto", "what to compute in; auto: bf16 where the hardware has it", DTYPES)
     device: str = option("auto", "where to compute", DEVICES)
+    shard: bool = option(False, "spread the model over torchrun's processes (FSDP2), if it is too large for "
+                                "one device")
     seed: int = option(0, "seed of everything random: split, order, initialisation, dropout")
     on_nan: str = option("stop", "what to do about a loss or gradient that is not finite", ("stop", "skip"))
     max_skips: int = option(10, "with --on-nan skip: steps left out before the run ends after all")
@@ -90,7 +93,7 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
             raise UserError("--resume goes on with the options that the run was started with: leave out "
                             f"{flag(others[0])}")
         return {one.mode: replace(one, train=replace(one.train, resume=args.resume, out=args.resume))
-                for one in load_all(Path(args.resume))}
+                for one in parallel.from_first(lambda: load_all(Path(args.resume)))}
 
     start = read_start(args) if args.adapter is not None else None
     asked = start[0] if start else args.mode or ("all" if args.plan else TrainOptions.mode)
@@ -104,6 +107,9 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
             if getattr(args, field.name) is not None:
                 raise UserError(f"{flag(field.name)} belongs to mode {mode}, and this run is "
                                 f"{', '.join(chosen)}: leave it out or change --mode")
+    if args.shard and (args.plan or parallel.WORLD == 1):
+        raise UserError("--shard spreads a run over several processes: torchrun --nproc-per-node N train.py "
+                        "...; --plan knows a process that holds the whole model")
     if args.model and not args.data and not args.plan:
         raise UserError("--model needs --data FILE_OR_FOLDER: the embedded pairs belong to the embedded base")
     embedded = {"data": (str(TINY / "pairs"), "embedded")}
@@ -156,6 +162,28 @@ def check(options: TrainOptions) -> None:
                         "the first lies in 0..1, the second is at least 0 and below 1")
 
 
+def check_modes(asked: dict[str, Config], base: GPT) -> None:
+    """Refuse what a mode cannot do with this base before anything is scored or written."""
+    require_tokenizer(base)
+    for mode, one in asked.items():
+        trial = weights.blank(base.folder)
+        try:
+            modes.apply(trial, mode, one.own)
+        except RuntimeError as error:  # even without memory, a tensor can be too large
+            raise UserError(f"--mode {mode} cannot be applied to {base.folder} with these options: "
+                            f"{error}") from None
+        if one.train.adapter and not one.train.resume:
+            trial.fingerprint = base.fingerprint
+            _, _, tensors = checkpoint.read_tuned(Path(one.train.adapter), trial, one.train.model)
+            modes.check_tuned(trial, tensors, one.train.adapter)
+        if not modes.tuned_parameters(trial):
+            raise UserError(f"--mode {mode} leaves nothing to train in {base.folder} with these options")
+        room = trial.config.n_positions - trial.prompt_tokens
+        if one.train.max_new_tokens >= room:
+            raise UserError(f"--max-new-tokens {one.train.max_new_tokens} leaves no room for a prompt in the "
+                            f"{room} positions of the model: lower it")
+
+
 def describe(config: Config) -> str:
     """The configuration as lines of `name = value (origin)`, defaults last and together."""
     chosen = [f"  {name} = {value}  ({origin})" for name, (value, origin) in config.origins.items()
@@ -166,6 +194,8 @@ def describe(config: Config) -> str:
 
 
 def save(folder: Path, config: Config) -> None:
+    if parallel.FIRST:
+        folder.mkdir(exist_ok=True)
     run.write_json(folder / "config.json", {
         "mode": config.mode, "train": asdict(config.train), "data": asdict(config.data),
         "own": asdict(config.own), "origins": config.origins})

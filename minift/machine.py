@@ -5,14 +5,15 @@ import ctypes
 import os
 import sys
 
-# On a CPU, oneDNN and torch keep compiled code for each shape of a product, some 0.6 MB a shape and up to 1,024
-# shapes, most of which never come again in ragged rows. These hold what one step needs: on the embedded base
-# a quarter of the peak memory less, for a tenth less speed. Both are read when torch is imported.
+# On a CPU, oneDNN and torch keep compiled code for each shape of a product, some 0.6 MB a shape and up to
+# 1,024 shapes, most of which never come again in ragged rows. These hold what one step needs: on the embedded
+# base a quarter of the peak memory less, for a tenth less speed. Both are read when torch is imported.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "8")
 
 import torch  # noqa: E402
 
+from . import parallel
 from .errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -28,7 +29,13 @@ def choose_device(name: str) -> torch.device:
     if not here[name]:
         raise UserError(f"--device {name}: this machine (or this build of torch) has none; there is "
                         f"{', '.join(device for device, found in here.items() if found)}")
-    return torch.device(name)
+    if name != "cuda" or parallel.WORLD == 1:
+        return torch.device(name)
+    if parallel.LOCAL_RANK >= torch.cuda.device_count():
+        raise UserError(f"a GPU for each process, and this machine has {torch.cuda.device_count()}: lower "
+                        "torchrun's --nproc-per-node, or pass --device cpu")
+    torch.cuda.set_device(parallel.LOCAL_RANK)  # what `cuda` means from now on, to NCCL and Triton too
+    return torch.device("cuda", parallel.LOCAL_RANK)
 
 
 def fast_bf16(device: torch.device) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import parallel
 from .data import Example, collate
 from .errors import UserError
 from .generate import generate
@@ -74,13 +75,15 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_losses(model: GPT, examples: list[Example], batch: int) -> Losses:
-    """Teacher-forced scores of all rows; rows of like length share a batch, which changes no number."""
+    """Teacher-forced scores of all rows, shared by all ranks; rows of like length share a batch, which
+    changes no number."""
     was_training = model.training
     model.eval()
     loss = right = count = 0
     ordered = sorted(examples, key=lambda example: len(example.ids))
     for start in range(0, len(ordered), batch):
-        ids, targets = (t.to(model.device) for t in collate(ordered[start : start + batch], pad_id=0))
+        rows = parallel.share(ordered[start : start + batch])
+        ids, targets = (t.to(model.device) for t in collate(rows, pad_id=0))
         learned = targets != IGNORE
         hidden, wanted = model.hidden(ids)[learned], targets[learned]  # (n, C), (n,)
         for h, target in zip(hidden.split(LOGITS), wanted.split(LOGITS), strict=True):
@@ -89,6 +92,7 @@ def measure_losses(model: GPT, examples: list[Example], batch: int) -> Losses:
             right += (logits.argmax(-1) == target).sum().item()
         count += len(wanted)
     model.train(was_training)
+    loss, right, count = parallel.total(loss, right, count)
     return Losses(loss / count, safe_exp(loss / count), right / count)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import compare, modes, weights
+from . import compare, modes, parallel, weights
 from .config import Config
 from .data import Example, collate, load_examples
 from .machine import choose_device, choose_dtype, resident_memory
@@ -135,7 +135,8 @@ def predict(asked: Config, shape: GPT, batch: list[Example], prepare: Callable[.
     micro_batches = [batch] * min(options.accumulate, 2)  # the second finds the gradients of the first
     model = copy.deepcopy(shape)
     meter = Meter(device.type, model.config.vocab_size)
-    answers = Answers(sum(len(example.ids) - example.n_prompt for example in batch))
+    rows = parallel.share(batch)
+    answers = Answers(sum(len(example.ids) - example.n_prompt for example in rows))
     with FakeTensorMode(), answers, meter:
         empty = {name: torch.empty(p.shape) for name, p in model.named_parameters()}
         model.load_state_dict(empty, assign=True)
@@ -149,7 +150,7 @@ def predict(asked: Config, shape: GPT, batch: list[Example], prepare: Callable[.
         tuned = modes.tuned_parameters(model)
 
         before = meter.live
-        ids, targets = collate(batch, pad_id=0)
+        ids, targets = collate(rows, pad_id=0)
         loss = model.loss(ids.to(device), targets)
         activations = meter.live - before
         del loss

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from . import parallel
 from .errors import UserError
 
 
@@ -33,10 +34,13 @@ def is_run(folder: Path) -> bool:
 @contextlib.contextmanager
 def open_folder(folder: Path, overwrite: bool, resume: bool) -> Iterator[None]:
     """A folder for a run, locked while in use: new, or emptied when `overwrite`, or as it is when `resume`. A
-    new one in which nothing was saved is removed again.
+    new one in which nothing was saved is removed again. Of several processes rank 0 alone has it.
 
     Raises UserError when it is there already, is not a run's, or another process works in it.
     """
+    if not parallel.FIRST:
+        yield
+        return
     halves = [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]  # what a crash left half written
     new, there = not folder.exists(), list(folder.iterdir()) if folder.is_dir() else []
     old = [path for path in there if path.name != "lock" and path not in halves]
@@ -104,8 +108,10 @@ def next_free(stem: Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of it. Raises UserError when it cannot be
-    written."""
+    """A reader sees the old file or the new one, never half of it. Rank 0 alone writes. Raises UserError when
+    it cannot be written."""
+    if not parallel.FIRST:
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
@@ -125,12 +131,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl, a line at a time. Opened at step n, it drops the lines after n: those steps will be run
-    again."""
+    """metrics.jsonl, a line at a time, from rank 0 alone. Opened at step n, it drops the lines after n: those
+    steps will be run again."""
 
     def __init__(self, folder: Path, step: int):
-        self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(folder) if line["step"] <= step] if step else []
+        self.path = folder / "metrics.jsonl" if parallel.FIRST else Path(os.devnull)
+        old = read_metrics(folder) if step and parallel.FIRST else []
+        kept = [line for line in old if line["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a", encoding="utf-8")
 

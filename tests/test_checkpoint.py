@@ -76,15 +76,11 @@ def test_going_on_equals_never_having_stopped(tmp_path: Path, model_folder: Path
     model, belongs, optimizer = start(model_folder, mode)
     step(model, optimizer, 2)
     progress = Progress(step=2, best_val_loss=3.25, stale=1, tokens=54, seconds=1.5)
-    torch.manual_seed(5)
     checkpoint.save_last(tmp_path, model, belongs, optimizer, progress)
-    drawn = torch.rand(3)
     step(model, optimizer, 2)
 
     other, belongs, optimizer = start(model_folder, mode)
-    torch.manual_seed(99)
     found = checkpoint.load_last(tmp_path, other, belongs, optimizer)
-    assert torch.equal(torch.rand(3), drawn)
     assert repr(found) == repr(progress)  # by text, since a NaN in it equals nothing
     step(other, optimizer, 2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

@@ -69,10 +69,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], number: i
     """Send this process a signal in the middle of these steps, counted over all runs of a test."""
     whole, count = script.train_step, iter(range(1, 10_000))
 
-    def step(model: Any, micro_batches: list, clip: float) -> tuple[float, float]:
+    def step(*arguments: Any) -> tuple[float, float]:
         if next(count) in steps:
             os.kill(os.getpid(), number)
-        return whole(model, micro_batches, clip)
+        return whole(*arguments)
 
     monkeypatch.setattr(script, "train_step", step)
 
@@ -94,7 +94,7 @@ def test_a_resumed_run_is_bit_identical(
         line = f"stopped after step {step}; python train.py --resume {tmp_path / 'x'} goes on from there\n"
         assert ended.out.endswith(line)
         assert progress(tmp_path / "x")["step"] == step and not (tmp_path / "x" / "result.json").exists()
-    torch.manual_seed(99)  # resuming restores the random state, whatever it is
+    torch.manual_seed(99)  # whatever the random state is, a step seeds its own
     trained("--resume", tmp_path / "x")
     assert_same_run(tmp_path / "whole", tmp_path / "x")
     assert set(files(tmp_path / "whole")) == set(files(tmp_path / "x"))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..errors import UserError
 from ..model import GPT
 
@@ -41,10 +42,9 @@ def tuned_parameters(model: GPT) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-@torch.no_grad()
-def load_tuned(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
-    """A tuned file's tensors into a model to which the same mode was applied, as new storage: see GPT.share.
-    Raises UserError, with every difference, unless names and shapes are exactly those that train."""
+def check_tuned(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
+    """Raises UserError, with every difference, unless a tuned file's names and shapes are exactly those that
+    train in a model to which its mode was applied."""
     tuned = tuned_parameters(model)
     faults = [f"{name} is missing" for name in tuned if name not in tensors]
     faults += [f"{name} is not expected" for name in tensors if name not in tuned]
@@ -52,8 +52,14 @@ def load_tuned(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
                if name in tensors and tensors[name].shape != p.shape]
     if faults:
         raise UserError(f"{where} does not fit the model and options it names: {'; '.join(faults)}")
-    for name, parameter in tuned.items():
-        parameter.data = tensors[name].to(parameter, copy=True)
+
+
+def load_tuned(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
+    """A tuned file's tensors into a model to which the same mode was applied. Raises UserError where they do
+    not fit."""
+    check_tuned(model, tensors, where)
+    for name, parameter in tuned_parameters(model).items():
+        parallel.fill(parameter, tensors[name])
 
 
 def merge(model: GPT, mode: str) -> None:
