@@ -8,6 +8,7 @@ from typing import Any
 from . import modes, run
 from .data import DataOptions
 from .errors import UserError
+from .kernels import KERNELS
 from .machine import DEVICES, DTYPES
 from .options import Parser, add_options, flag, from_json, option, resolve
 
@@ -49,6 +50,8 @@ class TrainOptions:
                                        "forgetting")
     dtype: str = option("auto", "what to compute in; auto: bf16 where the hardware has it", DTYPES)
     device: str = option("auto", "where to compute", DEVICES)
+    kernel: str = option("auto", "how mode lora computes its update; auto: Triton on a GPU where it was "
+                                 "measured to win, else PyTorch", KERNELS)
     seed: int = option(0, "seed of everything random: split, order, initialisation, dropout")
     on_nan: str = option("stop", "what to do about a loss or gradient that is not finite", ("stop", "skip"))
     max_skips: int = option(10, "with --on-nan skip: steps left out before the run ends after all")
@@ -100,6 +103,9 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
             if getattr(args, field.name) is not None:
                 raise UserError(f"{flag(field.name)} belongs to mode {mode}, and this run is "
                                 f"{', '.join(chosen)}: leave it out or change --mode")
+    if args.kernel and not any(hasattr(modes.MODES[mode], "lora_linear") for mode in chosen):
+        raise UserError("--kernel is about the low-rank update, and this run is "
+                        f"{', '.join(chosen)}: leave it out or change --mode")
     if args.model and not args.data and not args.plan:
         raise UserError("--model needs --data FILE_OR_FOLDER: the embedded pairs belong to the embedded base")
     embedded = {"data": (str(TINY / "pairs"), "embedded")}

@@ -246,6 +246,12 @@ class GPT(nn.Module):
         for parameter in self.parameters():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
+    def set_kernel(self, kernel: str) -> None:
+        """Let every layer that has several implementations, an attribute `kernel`, compute by this one."""
+        for module in self.modules():
+            if hasattr(module, "kernel"):
+                module.kernel = kernel
+
     @property
     def prompt_tokens(self) -> int:
         """How many of the model's positions a soft prompt takes: 0 without one."""
