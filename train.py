@@ -30,6 +30,7 @@ from minift.checkpoint import Progress
 from minift.config import Config, TrainOptions
 from minift.data import Example
 from minift.errors import UserError, run_script
+from minift.kernels import choose_kernel
 from minift.machine import choose_device, choose_dtype, peak_memory, reset_peak_memory, resident_memory
 from minift.model import GPT
 
@@ -38,7 +39,9 @@ def prepare(model: GPT, asked: Config) -> None:
     """Turn the untouched base into the model that a run trains."""
     modes.apply(model, asked.mode, asked.own)
     model.dropout, model.checkpoint = asked.train.model_dropout, asked.train.checkpoint
-    model.set_compute_dtype(choose_dtype(asked.train.dtype, choose_device(asked.train.device)))
+    device = choose_device(asked.train.device)
+    model.set_compute_dtype(choose_dtype(asked.train.dtype, device))
+    model.set_kernel(choose_kernel(asked.train.kernel, device))
 
 
 def start(model: GPT, asked: Config) -> None:

@@ -1,6 +1,7 @@
-"""Benchmarks that can be believed: python -m minift.bench train
+"""Benchmarks that can be believed: python -m minift.bench train | kernels
 
-    train    tokens/s, step time, peak memory and arithmetic rate of each mode, with random weights
+    train      tokens/s, step time, peak memory and arithmetic rate of each mode, with random weights
+    kernels    the low-rank update of one layer, by every implementation that runs here
 
 Warm-up is apart, medians come with their spread, and the machine's own ceiling is measured in the same run.
 The last line is one JSON object.
@@ -8,11 +9,8 @@ The last line is one JSON object.
 
 import json
 import os
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +20,16 @@ from . import compare, data, modes
 from .config import TrainOptions
 from .data import Example, Pair
 from .errors import UserError, run_script
-from .machine import DEVICES, DTYPES, choose_device, choose_dtype, peak_memory, reset_peak_memory
+from .machine import (
+    DEVICES,
+    DTYPES,
+    choose_device,
+    choose_dtype,
+    machine_name,
+    peak_memory,
+    reset_peak_memory,
+    seconds,
+)
 from .model import GPT
 from .options import Parser, add_options, option, resolve
 from .plan import SIZES, Meter
@@ -39,17 +46,6 @@ class BenchOptions:
     checkpoint: bool = option(False, "compute activations again in the backward pass instead of keeping them")
     dtype: str = option("auto", "what to compute in; auto: bf16 where the hardware has it", DTYPES)
     device: str = option("auto", "where to compute", DEVICES)
-
-
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, to the end of what it started on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def matmul_rate(tokens: int, n_embd: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -98,17 +94,6 @@ def measure(mode: str, options: BenchOptions, train: Any) -> dict[str, Any]:
         "matmul_flops_per_second": rate, "share": meter.flops / median / rate}
 
 
-def machine_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
 def bench_train(arguments: list[str]) -> None:
     import train  # the script in the repository's root: its step is what is measured
     parser = Parser(prog="python -m minift.bench train", description=__doc__)
@@ -140,7 +125,8 @@ def bench_train(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    jobs = {"train": bench_train}
+    from .bench_kernels import bench_kernels
+    jobs = {"train": bench_train, "kernels": bench_kernels}
     if not arguments or arguments[0] not in jobs:
         if arguments[:1] in (["-h"], ["--help"]):
             print(__doc__)

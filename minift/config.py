@@ -9,6 +9,7 @@ from typing import Any
 from . import checkpoint, modes, parallel, run, weights
 from .data import DataOptions, require_tokenizer
 from .errors import UserError
+from .kernels import KERNELS
 from .machine import DEVICES, DTYPES
 from .model import GPT
 from .options import Parser, add_options, flag, from_json, option, resolve
@@ -55,6 +56,8 @@ class TrainOptions:
     device: str = option("auto", "where to compute", DEVICES)
     shard: bool = option(False, "spread the model over torchrun's processes (FSDP2), if it is too large for "
                                 "one device")
+    kernel: str = option("auto", "how mode lora computes its update; auto: Triton on a GPU where it was "
+                                 "measured to win, else PyTorch", KERNELS)
     seed: int = option(0, "seed of everything random: split, order, initialisation, dropout")
     on_nan: str = option("stop", "what to do about a loss or gradient that is not finite", ("stop", "skip"))
     max_skips: int = option(10, "with --on-nan skip: steps left out before the run ends after all")
@@ -110,6 +113,9 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
     if args.shard and (args.plan or parallel.WORLD == 1):
         raise UserError("--shard spreads a run over several processes: torchrun --nproc-per-node N train.py "
                         "...; --plan knows a process that holds the whole model")
+    if args.kernel and not any(hasattr(modes.MODES[mode], "lora_linear") for mode in chosen):
+        raise UserError("--kernel is about the low-rank update, and this run is "
+                        f"{', '.join(chosen)}: leave it out or change --mode")
     if args.model and not args.data and not args.plan:
         raise UserError("--model needs --data FILE_OR_FOLDER: the embedded pairs belong to the embedded base")
     embedded = {"data": (str(TINY / "pairs"), "embedded")}

@@ -1,9 +1,13 @@
-"""What this machine can do: its devices, the dtype it computes fast in, and the memory that a run has
-used."""
+"""What this machine can do: its devices, the dtype it computes fast in, and the time and memory that work
+takes."""
 
 import ctypes
 import os
+import platform
 import sys
+import time
+from collections.abc import Callable
+from typing import Any
 
 # On a CPU, oneDNN and torch keep compiled code for each shape of a product, some 0.6 MB a shape and up to
 # 1,024 shapes, most of which never come again in ragged rows. These hold what one step needs: on the embedded
@@ -103,3 +107,25 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     import resource  # exists on Unix alone
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call, to the end of what it started on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def machine_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"

@@ -254,6 +254,12 @@ class GPT(nn.Module):
         known: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in self.parameters()}
         return copy.deepcopy(self, known | {id(self.tokenizer): self.tokenizer})
 
+    def set_kernel(self, kernel: str) -> None:
+        """Let every layer that has several implementations, an attribute `kernel`, compute by this one."""
+        for module in self.modules():
+            if hasattr(module, "kernel"):
+                module.kernel = kernel
+
     @property
     def prompt_tokens(self) -> int:
         """How many of the model's positions a soft prompt takes: 0 without one."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import compare, modes, parallel, weights
+from . import compare, kernels, modes, parallel, weights
 from .config import Config
 from .data import Example, collate, load_examples
 from .machine import choose_device, choose_dtype, resident_memory
@@ -87,6 +87,8 @@ def flops(func: Any, args: Any, result: Any) -> int:
     """Of one operation: two for each product of a matrix product, attention's included (its whole square: the
     causal half is not taken off, as usual). 0 for anything else."""
     packet = func.overloadpacket
+    if packet in kernels.FLOPS:
+        return kernels.FLOPS[packet](*args)
     if packet in LEFT_MATRIX:
         return 2 * result.numel() * args[LEFT_MATRIX[packet]].shape[-1]
     if "scaled_dot_product" in packet.__name__:

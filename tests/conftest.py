@@ -12,6 +12,8 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from minift.model import GPT, GPTConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test needs a network
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run as numpy, slowly
 
 TINY = dict(vocab_size=97, n_positions=96, n_embd=24, n_layer=3, n_head=3, eos_token_id=96)
 TEXTS = (

@@ -79,7 +79,8 @@ def command(script: str, *arguments: Any) -> list[str]:
     return [sys.executable, str(ROOT / script), *map(str, arguments)]
 
 
-def process(script: str, *arguments: Any, cwd: Path, text: str | None = None, **env: str) -> Ended:
+def process(script: str, *arguments: Any, cwd: Path, text: str | None = None, timeout: int = 120,
+            **env: str) -> Ended:  # fmt: skip
     """The script in a process of its own."""
     done = subprocess.run(
         command(script, *arguments),
@@ -88,7 +89,7 @@ def process(script: str, *arguments: Any, cwd: Path, text: str | None = None, **
         input=text,
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=timeout,
     )
     return Ended(done.returncode, done.stdout, done.stderr)
 

@@ -50,6 +50,8 @@ class LoRALinear(Linear):
     lora_A: (parts * rank, in), lora_B: (parts * part, rank).
     """
 
+    kernel = "auto"  # how `lora_linear` computes; GPT.set_kernel changes it
+
     def __init__(self, base: Linear, rank: int, scale: float, dropout: float, offsets: tuple[int, ...],
                  part: int):
         super().__init__(base.in_features, base.out_features, device="meta")
@@ -65,7 +67,7 @@ class LoRALinear(Linear):
         if self.unmerged is not None:
             return super().forward(x)
         return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.offsets,
-                           self.dropout if self.training else 0.0)
+                           self.dropout if self.training else 0.0, self.kernel)
 
     def whole_B(self) -> Tensor:
         """B of the same update as one of all outputs, whose A is `lora_A`: (out, parts * rank), each part a

@@ -1,0 +1,257 @@
+"""The Triton kernels: on a GPU as they are, elsewhere in triton's interpreter and compiled ahead of time.
+
+tests/conftest.py decides which, before triton is imported. The interpreter runs one program after another, so
+it sees wrong numbers but no races, and no speed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from scripts import ROOT, process
+from scripts import train as run_train
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed: nothing to test, PyTorch computes everything")
+
+import train
+from minift import config, kernels, plan, triton_kernels
+from minift.data import Example, Pair
+from minift.errors import UserError
+from minift.kernels import keep_mask, lora_linear, lora_linear_reference
+from minift.model import GPT, GPTConfig
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = pytest.mark.skipif(DEVICE.type == "cpu", reason="no GPU here, and the interpreter cannot show this")
+SCALE = 2.5
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# M, K, N, r, n, offsets: no multiple of a tile, and both ways of making g and dB (above rank 32, and below)
+SHAPES = {"q and v": (70, 50, 90, 5, 30, (0, 60)), "whole": (130, 133, 140, 3, 140, (0,)),
+          "q, k, v of one token": (1, 20, 36, 1, 12, (0, 12, 24)),
+          "k, rank 70": (37, 24, 300, 70, 100, (100,))}
+CASES = [(torch.float32, name) for name in SHAPES]
+CASES += [(torch.float16, "k, rank 70"), (torch.bfloat16, "q and v"), (torch.bfloat16, "k, rank 70")]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Any:
+    """Whatever a kernel leaves unwritten is NaN: torch fills new tensors with it in this mode."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def operands(shape: tuple, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    """x is a transposed view: strides come as they are."""
+    M, K, N, r, n, offsets = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(DEVICE, dtype)
+
+    A, B = draw(len(offsets) * r, K).float(), draw(len(offsets) * n, r).float()  # kept in fp32
+    return {"x": draw(K, M).T, "weight": draw(N, K), "bias": draw(N), "A": A, "B": B}
+
+
+def step(given: dict[str, Any], offsets: tuple[int, ...], dropout: float, kernel: str, dy: Tensor
+         ) -> list[Tensor]:
+    """y, dx, dA, dB of lora_linear, whose mask follows torch's generator."""
+    leaves = {name: t.detach().requires_grad_(name in ("x", "A", "B")) for name, t in given.items()}
+    y = lora_linear(**leaves, scale=SCALE, offsets=offsets, dropout=dropout, kernel=kernel)
+    y.backward(dy)
+    return [y.detach(), leaves["x"].grad, leaves["A"].grad, leaves["B"].grad]
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype, name", CASES, ids=str)
+def test_against_float64(dtype: torch.dtype, name: str, dropout: float) -> None:
+    M, K, N, r, n, offsets = SHAPES[name]
+    given = operands(SHAPES[name], dtype, seed=M + int(10 * dropout))
+    dy = torch.randn(N, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype).expand(M, N)
+    torch.manual_seed(7)
+    got = step(given, offsets, dropout, "triton", dy)
+    torch.manual_seed(7)
+    again = step(given, offsets, dropout, "triton", dy)
+    assert all(map(torch.equal, got, again))  # bit for bit
+
+    torch.manual_seed(7)
+    seed = torch.randint(2**63 - 1, (), device=DEVICE)
+    keep = keep_mask(given["x"], dropout, seed) if dropout else torch.ones_like(given["x"], dtype=torch.bool)
+    exact = {key: t.to(dtype).double().requires_grad_(True) for key, t in given.items()}
+    dropped = exact["x"] * keep / (1 - dropout)
+    zero = torch.zeros_like(exact["weight"])
+    wanted = torch.nn.functional.linear(exact["x"], exact["weight"], exact["bias"]) + lora_linear_reference(
+        dropped, zero, None, exact["A"], exact["B"], SCALE, offsets)
+    wanted.backward(dy.double())
+    wanted = [wanted.detach(), exact["x"].grad, exact["A"].grad, exact["B"].grad]
+    for what, ours, theirs in zip(("y", "dx", "dA", "dB"), got, wanted, strict=True):
+        assert error(ours, theirs) < TOLERANCE[dtype], what
+        assert ours.dtype == (torch.float32 if what in ("dA", "dB") else dtype)
+    if dtype == torch.float32:
+        torch.manual_seed(7)
+        for ours, theirs in zip(got, step(given, offsets, dropout, "torch", dy), strict=True):
+            assert error(ours, theirs.double()) < 1e-5  # the same mask, or it would be near 1
+
+
+@pytest.mark.parametrize("rows, columns", [(33, 7), (20, 301), (1, 1)])
+def test_masks_are_the_same_bits(rows: int, columns: int) -> None:
+    """PyTorch's are checked against SplitMix64 itself in test_kernels.py; made on the CPU here, as on a GPU
+    keep_mask is the Triton kernel."""
+    seed = torch.tensor(2**63 - 12345)
+    for rate in (0.1, 0.5):
+        ours = triton_kernels.keep_mask(torch.empty(rows, columns, device=DEVICE), rate, seed.to(DEVICE))
+        assert torch.equal(ours.cpu(), keep_mask(torch.empty(rows, columns), rate, seed))
+
+
+def test_only_what_is_needed_is_made_and_kept() -> None:
+    shape = SHAPES["q and v"]
+    given, saved = operands(shape, torch.float32, 0), []
+    given["A"].requires_grad_(True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = lora_linear(**given, scale=SCALE, offsets=shape[-1], dropout=0.3, kernel="triton")
+    own = {given[name].data_ptr() for name in ("x", "weight", "A", "B")}
+    others = [tuple(t.shape) for t in saved if t.data_ptr() not in own]
+    assert others == [(70, 10)]  # h: tokens x (parts * rank)
+    y.sum().backward()
+    assert given["A"].grad.abs().sum() > 0 and given["x"].grad is None
+
+
+@pytest.mark.parametrize("leading", [(0,), (0, 3), (2, 0, 1)])
+def test_empty_batches(leading: tuple[int, ...]) -> None:
+    given = operands(SHAPES["q and v"], torch.float32, 0)
+    given |= {"x": torch.ones(*leading, 50, device=DEVICE, requires_grad=True)}
+    A, B = given["A"].requires_grad_(True), given["B"].requires_grad_(True)
+    y = lora_linear(**given, scale=SCALE, offsets=(0, 60), dropout=0.5, kernel="triton")
+    assert y.shape == (*leading, 90)
+    y.sum().backward()
+    assert not A.grad.any() and not B.grad.any() and given["x"].grad.shape == (*leading, 50)
+
+
+SMALL = GPTConfig(vocab_size=61, n_positions=32, n_embd=16, n_layer=1, n_head=2, eos_token_id=0)
+BATCH = [Example([7 * i % 60 for i in range(start, start + 9)], 4, Pair("", "", "")) for start in range(3)]
+
+
+def ask(text: str) -> config.Config:
+    return config.parse(f"--mode lora --device {DEVICE.type} --dtype fp32 {text}".split(), "")["lora"]
+
+
+def test_twenty_steps_of_a_lora_run() -> None:
+    losses = {}
+    for kernel in ("torch", "triton"):
+        asked = ask(f"--targets q,v,proj --rank 3 --dropout 0.2 --lr 0.03 --kernel {kernel}")
+        torch.manual_seed(0)
+        model = GPT(SMALL)
+        model.init_weights(0)
+        train.prepare(model, asked)
+        model.to(DEVICE).train()
+        optimizer = train.make_optimizer(model, asked.train.lr, 0.0)
+        losses[kernel] = []
+        for _ in range(20):
+            loss, _ = train.train_step(model, [BATCH], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[kernel].append(loss)
+    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-4)
+    assert losses["torch"][-1] < 0.95 * losses["torch"][0]
+
+
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+def test_the_plan_counts_the_same(dropout: str) -> None:
+    """FLOPs and activations; fake tensors reach no kernel."""
+    costs = {}
+    for kernel in ("torch", "triton"):
+        with torch.device("meta"):
+            shape = GPT(SMALL)
+        asked = ask(f"--targets q,v,proj --dropout {dropout} --kernel {kernel}")
+        costs[kernel] = plan.predict(asked, shape, BATCH, train.prepare, train.make_optimizer,
+                                     train.train_step)
+    for name in ("flops_per_token", "activations_bytes", "gradients_bytes", "weights_bytes"):
+        assert costs["triton"][name] == pytest.approx(costs["torch"][name], rel=1e-9), name
+    assert costs["triton"]["predicted_peak_bytes"] <= costs["torch"]["predicted_peak_bytes"]
+
+
+def test_auto_goes_by_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake tensors of a GPU that need not be here."""
+    from torch._subclasses import FakeTensorMode
+    monkeypatch.setattr(kernels, "triton_fault", lambda device: None)
+    monkeypatch.setattr(kernels, "device_name", lambda device: "some GPU")
+    monkeypatch.setattr(kernels, "TRITON_WINS", {("some GPU", "bfloat16", 64, 192, 2, 8, True): 100})
+
+    def wins(M: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, r: int = 8, p: float = 0.1
+             ) -> bool:
+        with FakeTensorMode():
+            x, weight = (torch.empty(rows, 64, dtype=dtype, device=device) for rows in (M, 192))
+            return kernels.triton_wins(x, weight, torch.empty(2 * r, 64, device=device), 2, p)
+
+    assert wins(100) and wins(5000)
+    assert not (wins(99) or wins(100, device="cpu") or wins(100, dtype=torch.float16) or wins(100, r=4)
+                or wins(100, p=0.0))
+    monkeypatch.setattr(kernels, "triton_fault", lambda device: "too old")
+    assert not wins(100)
+
+
+def test_where_triton_cannot_run_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kernels.triton_fault.cache_clear()
+    try:
+        with pytest.raises(UserError, match="--kernel triton: they need an NVIDIA GPU.*cpu"):
+            kernels.choose_kernel("triton", torch.device("cpu"))
+        kernels.triton_fault.cache_clear()
+        monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match="triton is not installed"):
+            kernels.choose_kernel("triton", DEVICE)
+        assert {kernels.choose_kernel(name, DEVICE) for name in ("auto", "torch")} == {"auto", "torch"}
+    finally:
+        kernels.triton_fault.cache_clear()
+    ended = run_train("--mode", "full", "--kernel", "triton")
+    assert ended.code == 2 and "--kernel is about the low-rank update" in ended.err
+
+
+def test_a_run_on_a_cpu_does_not_import_triton() -> None:
+    code = ("import sys, torch, train, minift.plan; from minift.kernels import lora_linear;"
+            "x = torch.ones(2, 4); lora_linear(x, x, None, x, x.T.contiguous()[:2], 1.0, dropout=0.5);"
+            "sys.exit('triton' in sys.modules or 'torch._dynamo' in sys.modules)")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment).returncode == 0
+
+
+@GPU
+def test_replaying_a_graph_draws_new_masks() -> None:
+    given = operands(SHAPES["q and v"], torch.bfloat16, 0)
+
+    def draw() -> Tensor:
+        return lora_linear(**given, scale=SCALE, offsets=(0, 60), dropout=0.5, kernel="triton")
+
+    draw()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = draw()
+    graph.replay()
+    first = y.clone()
+    graph.replay()
+    assert first.isfinite().all() and not torch.equal(first, y)
+
+
+LIMITS = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a block may ask for
+
+
+def test_compiled_for_two_gpus_without_one() -> None:
+    """No registers spilled, shared memory within the chip's, and matrix instructions for 16-bit numbers."""
+    ended = process("tests/aot.py", cwd=ROOT, TRITON_INTERPRET="0", timeout=600)
+    assert ended.code == 0, ended.err
+    compiled = json.loads(ended.out.splitlines()[-1])
+    names = {"shrink_kernel", "gemm_kernel", "expand_kernel", "outer_kernel"}
+    assert {one["kernel"] for one in compiled} == names and {one["cc"] for one in compiled} == {80, 90}
+    for one in compiled:
+        assert one["stack"] == 0 and one["registers"] <= 255 and one["shared"] <= LIMITS[one["cc"]], one
+        if one["dtype"] != "*fp32":
+            assert one["wgmma" if one["cc"] == 90 else "mma"] > 0, one
