@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -570,45 +571,8 @@ def test_modes_do_not_add_up(make_gpt: Callable) -> None:
     }
 
 
-IA3 = '''"""(IA)^3 (Liu et al. 2022): learned scales on keys, values and the MLP's inner activations."""
-
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
-
-from ..model import GPT, Linear
-
-TRAINING = {"lr": 1e-2, "weight_decay": 0.0}
-
-
-@dataclass(frozen=True)
-class Options:
-    """(IA)^3 has nothing to choose."""
-
-
-class ScaledLinear(Linear):
-    def __init__(self, base: Linear, inputs: int, outputs: int):
-        super().__init__(base.in_features, base.out_features, device="meta")
-        self.weight, self.bias = base.weight, base.bias
-        self.scale_in, self.scale_out = (nn.Parameter(torch.ones(n, device=base.weight.device)) if n else None
-                                         for n in (inputs, outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.scale_in is not None:
-            return super().forward(x * self.scale_in.to(x.dtype))
-        y = super().forward(x)
-        fixed = y.shape[-1] - len(self.scale_out)
-        return torch.cat([y[..., :fixed], y[..., fixed:] * self.scale_out.to(y.dtype)], -1)
-
-
-def apply(model: GPT, options: Options) -> None:
-    for block in model.h:
-        block.attn.c_attn = ScaledLinear(block.attn.c_attn, 0, 2 * model.config.n_embd)  # keys and values
-        block.mlp.c_proj = ScaledLinear(block.mlp.c_proj, model.config.mlp_width, 0)
-        for scale in (block.attn.c_attn.scale_out, block.mlp.c_proj.scale_in):
-            scale.requires_grad_(True)
-'''
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+IA3 = re.search(r'```python\n("""\(IA\)\^3.*?)```', README, re.S)[1]  # the example as readers find it
 
 
 @pytest.fixture

@@ -1,0 +1,49 @@
+"""The README's commands and its library example, as they stand there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from scripts import ROOT, evaluate, train, write_pairs
+
+from minift.config import TINY
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = ("--steps", "2", "--val-rows", "4", "--test-rows", "4", "--max-new-tokens", "4")
+
+
+def commands() -> list[list[str]]:
+    """Every command line of train.py and eval.py, in order; test_parallel.py has torchrun's, test_bench.py
+    and test_train.py the benchmarks'."""
+    lines = re.findall(r"^    python (.*)$|`python ((?:train|eval)\.py .*?)`", README, re.M)
+    found = [shlex.split(a or b, comments=True) for a, b in lines]
+    return [words for words in found if words[0] in ("train.py", "eval.py")]
+
+
+def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few steps and rows, the embedded base in the place of GPT-2, and pairs of one's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    pairs = write_pairs(tmp_path / "pairs")
+    (tmp_path / "my.jsonl").write_bytes((pairs / "train.jsonl").read_bytes())
+    assert len(commands()) >= 18
+    for script, *words in commands():
+        replaced = [str(TINY) if word == "gpt2" else word for word in words]
+        if words[-1] == "runs/*":
+            replaced[-1:] = map(str, sorted(Path("runs").iterdir()))
+        if script == "eval.py" and not {"--compare", "--save", "--save-peft", "--prompt"} & set(words):
+            replaced += ["--test-rows", "4", "--max-new-tokens", "4"]
+        if script == "train.py" and not {"--plan", "--resume", "--help"} & set(words):
+            replaced += SMALL
+        ended = (train if script == "train.py" else evaluate)(*replaced)
+        assert ended.code == 0, f"{script} {' '.join(words)}: {ended.err}"
+    assert (tmp_path / "runs" / "compare.md").exists() and (tmp_path / "tuned" / "config.json").exists()
+
+
+def test_the_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    names: dict[str, object] = {}
+    exec(re.search(r"```python\n(from pathlib.*?)```", README, re.S)[1], names)
+    assert (tmp_path / "tuned-by-hand" / "model.safetensors").exists() and names["new"]
