@@ -36,15 +36,19 @@ def processes() -> Iterator[None]:
     store, _, _ = next(dist.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+    code = 0
     try:
         with guard("torchrun reports which"):
             yield
+    except SystemExit as ended:
+        code = ended.code
     except (Exception, KeyboardInterrupt):
         with contextlib.suppress(RuntimeError):  # the store is gone too
             if store.add("told", 1) > 1:
                 sys.stderr = open(os.devnull, "w")
         raise
-    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(code or 0)  # gloo's threads, taken down with the interpreter, now and then abort a finished run
 
 
 @contextlib.contextmanager
