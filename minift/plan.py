@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from . import compare, kernels, modes, parallel, weights
 from .config import Config
 from .data import Example, collate, load_examples
-from .machine import choose_device, choose_dtype, resident_memory
+from .machine import choose_device, choose_dtype, resident_memory, taken
 from .model import GPT, GPTConfig
 
 SIZES = {
@@ -171,7 +171,7 @@ def predict(asked: Config, shape: GPT, batch: list[Example], prepare: Callable[.
         "trainable_parameters": sum(p.numel() for p in tuned.values()),
         "weights_bytes": nbytes(model.parameters()), "gradients_bytes": gradients,
         "optimizer_bytes": nbytes(state), "activations_bytes": activations, "logits_bytes": meter.logits,
-        "predicted_peak_bytes": meter.peak, "tuned_bytes": nbytes(tuned.values()),
+        "predicted_peak_bytes": taken(meter.peak, device), "tuned_bytes": nbytes(tuned.values()),
         "flops_per_token": step_flops / (ids.numel() * len(micro_batches))}
 
 
@@ -207,7 +207,8 @@ def report(asked: dict[str, Config], prepare: Callable[..., None],
              f"{device} in {dtype}; nothing is loaded",
              f"a batch of {len(batch)} rows with {sum(len(e.ids) for e in batch):,} tokens, of which "
              f"{sum(len(e.ids) - e.n_prompt for e in batch):,} are targets ({origin})",
-             f"peak: all tensors alive at one time, and the {compare.size(resident)} in use without them",
+             f"peak: all tensors alive at one time, on a CPU a tenth more for the heap's holes, and the "
+             f"{compare.size(resident)} in use without them",
              "", compare.table(results, COLUMNS)]
     if options.model == "gpt3-175b":
         in_bf16 = replace(first, train=replace(options, dtype="bf16"))
