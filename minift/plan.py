@@ -207,7 +207,7 @@ def report(asked: dict[str, Config], prepare: Callable[..., None],
              f"{device} in {dtype}; nothing is loaded",
              f"a batch of {len(batch)} rows with {sum(len(e.ids) for e in batch):,} tokens, of which "
              f"{sum(len(e.ids) - e.n_prompt for e in batch):,} are targets ({origin})",
-             f"peak: all tensors alive at one time, on a CPU a tenth more for the heap's holes, and the "
+             f"peak: all tensors alive at one time, on a CPU a fifth more for the heap's holes, and the "
              f"{compare.size(resident)} in use without them",
              "", compare.table(results, COLUMNS)]
     if options.model == "gpt3-175b":

@@ -129,7 +129,7 @@ def test_a_real_step_holds_what_is_planned(arguments: str, make_run: Any) -> Non
     assert planned["logits_bytes"] == meter.logits == 64 * SHAPE.vocab_size * 4  # 15 + 23 + 2, padded
     positions = len(BATCH) * 39 * min(2, asked.train.accumulate)
     assert planned["flops_per_token"] == meter.flops / positions
-    assert planned["predicted_peak_bytes"] == pytest.approx(1.1 * meter.peak, rel=0.01)  # see machine.taken
+    assert planned["predicted_peak_bytes"] == pytest.approx(1.2 * meter.peak, rel=0.01)  # see machine.taken
 
 
 @pytest.mark.parametrize("mode", MODES)
