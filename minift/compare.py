@@ -72,7 +72,7 @@ def findings(results: list[dict[str, Any]]) -> dict[str, list[str]]:
     mode. Quality is ROUGE-L on the test rows, and the test loss where that ties; cost is the number of
     parameters that train. Runs whose untouched bases score differently are not ranked."""
     said: dict[str, list[str]] = {name(result): [] for result in results}
-    if len({(r["base_test_loss"], r["base_rougeL"]) for r in results}) == 1:
+    if comparable(results):
         best = max(results, key=lambda r: (r["rougeL"], -r["test_loss"]))
         said[name(best)].append(f"{name(best)} is the best: ROUGE-L {best['rougeL']:.3f}, test loss "
                                 f"{best['test_loss']:.4f} (base: {best['base_rougeL']:.3f}, "
@@ -94,6 +94,11 @@ def findings(results: list[dict[str, Any]]) -> dict[str, list[str]]:
             said[name(r)].append(f"{name(r)} overfitted: its validation loss was lowest at step "
                                  f"{r['best_step']} of {r['steps']}, and those parameters were kept.")
     return said
+
+
+def comparable(results: list[dict[str, Any]]) -> bool:
+    """Whether the untouched bases score alike: the same base on the same rows in the same dtype does."""
+    return len({(r["base_test_loss"], r["base_rougeL"]) for r in results}) == 1
 
 
 def name(result: dict[str, Any]) -> str:
@@ -131,7 +136,7 @@ def compare_runs(paths: list[Path]) -> str:
     results = [load_result(folder) | {"run": folder.absolute().relative_to(out).as_posix()}
                for folder in folders]
     lines = [f"{folder} is left out: it has no result.json, so it has not ended" for folder in unfinished]
-    if len({(r["base_test_loss"], r["base_rougeL"]) for r in results}) > 1:
+    if not comparable(results):
         lines.append("not ranked: their bases score differently before tuning, so base, test rows or dtype "
                      "differ")
     text = write_table(out, results, {"run": "run"} | COLUMNS)

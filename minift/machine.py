@@ -11,7 +11,7 @@ from typing import Any
 
 # On a CPU, oneDNN and torch keep compiled code for each shape of a product, some 0.6 MB a shape and up to
 # 1,024 shapes, most of which never come again in ragged rows. These hold what one step needs: on the embedded
-# base a quarter of the peak memory less, for a tenth less speed. Both are read when torch is imported.
+# base a quarter of the peak memory less, for a tenth less speed. To be set before the first product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "8")
 
