@@ -109,9 +109,9 @@ def train_step(model: GPT, micro_batches: list[list[Example]], clip: float,
     targets_in_step = sum(len(e.ids) - e.n_prompt for batch in micro_batches for e in batch)
     loss_sum = 0.0
     for number, batch in enumerate(micro_batches, start=1):
-        ids, targets = data.collate(parallel.share(batch), pad_id=0)
+        ids, targets, lengths = data.collate(parallel.share(batch), pad_id=0)
         with replica.no_sync() if replica and number < len(micro_batches) else contextlib.nullcontext():
-            loss = (replica or model.loss)(ids.to(model.device), targets) / targets_in_step
+            loss = (replica or model.loss)(ids.to(model.device), targets, lengths) / targets_in_step
             (loss * parallel.WORLD).backward()  # gradients are averaged over the ranks
         loss_sum += loss.item()
     tuned = modes.tuned_parameters(model).values()

@@ -84,7 +84,7 @@ def measure(mode: str, options: BenchOptions, train: Any) -> dict[str, Any]:
     peak = peak_memory(device)
     with Meter(device.type, model.config.vocab_size) as meter:
         step()
-    median, real = statistics.median(times), data.collate(batch, 0)[0].numel()
+    median, real = statistics.median(times), sum(data.collate(batch, 0)[2])
     rate = matmul_rate(real, model.config.n_embd, dtype, device)
     return {
         "mode": mode,

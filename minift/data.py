@@ -233,17 +233,19 @@ def batches(examples: list[Example], batch_size: int, seed: int, epoch: int) -> 
     return cut
 
 
-def collate(batch: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """ids (B, T), padded on the right with `pad_id`, and targets (B, T): the token after each position, or
-    IGNORE where that is the prompt's or padding. T is the longest row less one: nothing follows its end."""
-    T = max(len(example.ids) for example in batch) - 1
+def collate(batch: list[Example], pad_id: int) -> tuple[Tensor, Tensor, list[int]]:
+    """ids (B, T), padded on the right with `pad_id`; targets (B, T): the token after each position, or IGNORE
+    where that is the prompt's or padding; and each row's length without padding. A row's last token is a
+    target only: nothing follows it."""
+    lengths = [len(example.ids) - 1 for example in batch]
+    T = max(lengths)
     ids = torch.full((len(batch), T), pad_id)
     targets = torch.full((len(batch), T), IGNORE)
     for row, example in enumerate(batch):
         tokens = torch.tensor(example.ids)
         ids[row, : len(tokens) - 1] = tokens[:-1]
         targets[row, example.n_prompt - 1 : len(tokens) - 1] = tokens[example.n_prompt :]
-    return ids, targets
+    return ids, targets, lengths
 
 
 def require_tokenizer(model: GPT) -> None:

@@ -57,8 +57,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     cache = KVCache(model.config, len(prompts), P + longest + max_new_tokens, model.compute_dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
-    last = model.hidden(ids.to(device), cache)  # (B, longest, C)
-    last = last[torch.arange(len(prompts), device=device), lengths - 1]  # (B, C)
+    ends = torch.arange(len(prompts), device=device) * longest + lengths - 1
+    last = model.hidden(ids.to(device), [len(prompt) for prompt in prompts], ends, cache)  # (B, C)
     new, running = [[] for _ in prompts], [True] * len(prompts)
     for step in range(max_new_tokens):
         tokens = next_tokens(model.logits(last), temperature, top_k, top_p, generator)
@@ -68,6 +68,6 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
                 new[row].append(token)
         if not any(running) or step == max_new_tokens - 1:
             break
-        last = model.hidden(tokens[:, None], cache, P + lengths + step)[:, 0]
+        last = model.hidden(tokens[:, None], cache=cache, positions=P + lengths + step)[:, 0]
     model.train(was_training)
     return new

@@ -4,7 +4,6 @@ tokens."""
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 512  # tokens whose logits exist at one time
@@ -19,11 +18,9 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         head = weight.to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        n = len(targets)
-        hidden = F.pad(hidden, (0, 0, 0, -n % 64))  # few shapes, as in GPT.hidden: each step has its own n
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, n, CHUNK):
+        for start in range(0, len(hidden), CHUNK):
             h, target = hidden[start : start + CHUNK], targets[start : start + CHUNK, None]
             real = len(target)  # the rows after these are padding
             logits = h @ head.T  # (chunk, V)
@@ -42,7 +39,7 @@ class HeadLoss(torch.autograd.Function):
                 torch.mm(dlogits, head, out=dhidden[start : start + CHUNK])
             if dweight is not None:
                 dweight += dlogits.T @ h
-        ctx.save_for_backward(dhidden if dhidden is None else dhidden[:n], dweight)
+        ctx.save_for_backward(dhidden, dweight)
         return loss
 
     @staticmethod
@@ -51,8 +48,8 @@ class HeadLoss(torch.autograd.Function):
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """hidden (n, C), the head's weight (V, C), targets (n,) -> the summed cross-entropy in nats, fp32, shape
-    ()."""
+    """hidden (n or more, C), the head's weight (V, C), targets (n,) -> the summed cross-entropy of the first
+    n rows in nats, fp32, shape (). The rows beyond are padding, with a gradient of 0."""
     if not torch.is_grad_enabled():  # a Function sees requires_grad, and would make gradients for nobody
         hidden, weight = hidden.detach(), weight.detach()
     return HeadLoss.apply(hidden, weight, targets)

@@ -83,9 +83,10 @@ def measure_losses(model: GPT, examples: list[Example], batch: int) -> Losses:
     ordered = sorted(examples, key=lambda example: len(example.ids))
     for start in range(0, len(ordered), batch):
         rows = parallel.share(ordered[start : start + batch])
-        ids, targets = (t.to(model.device) for t in collate(rows, pad_id=0))
-        learned = targets != IGNORE
-        hidden, wanted = model.hidden(ids)[learned], targets[learned]  # (n, C), (n,)
+        ids, targets, lengths = collate(rows, pad_id=0)
+        ids, targets = ids.to(model.device), targets.to(model.device)
+        learned = (targets != IGNORE).flatten().nonzero()[:, 0]  # (n,)
+        hidden, wanted = model.hidden(ids, lengths, learned), targets.flatten()[learned]  # (n, C), (n,)
         for h, target in zip(hidden.split(LOGITS), wanted.split(LOGITS), strict=True):
             logits = model.logits(h)
             loss += F.cross_entropy(logits, target, reduction="sum").item()
@@ -145,7 +146,7 @@ def general_loss(model: GPT, text: str, batch: int) -> float:
         for i, row in enumerate(some):
             padded[i, : len(row)] = torch.tensor(row)
         padded = padded.to(model.device)
-        loss += model.loss(padded[:, :-1].clamp(min=0), padded[:, 1:]).item()
+        loss += model.loss(padded[:, :-1].clamp(min=0), padded[:, 1:], [len(row) - 1 for row in some]).item()
     model.train(was_training)
     return loss / (len(ids) - 1)
 

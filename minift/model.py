@@ -3,8 +3,8 @@ head.
 
 Module names are those of Hugging Face's GPT-2 (wte, wpe, h.0.attn.c_attn, ...), so that a parameter has one
 name everywhere. Every weight is stored as (out, in), like torch's Linear; minift/weights.py turns GPT-2's
-files round. Letters in shape comments: B rows, T tokens, C = n_embd, nh heads, hs = C / nh, V vocabulary, P
-soft-prompt tokens.
+files round. Letters in shape comments: B rows, T tokens of the longest, N tokens of all rows, C = n_embd,
+nh heads, hs = C / nh, V vocabulary, P soft-prompt tokens.
 """
 
 import copy
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import Rows, attention, split_heads
 from .errors import UserError
 from .loss import head_loss
 
@@ -115,8 +116,8 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def prefill(self, layer: int, k: Tensor, v: Tensor) -> None:
-        self.k[layer, :, :, : k.shape[2]] = k
-        self.v[layer, :, :, : v.shape[2]] = v
+        T = min(k.shape[2], self.k.shape[3])  # the rows' padding need not fit
+        self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k[:, :, :T], v[:, :, :T]
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """One token a row, (B, nh, 1, hs), at its row's position; gives the slots in use, (B, nh, longest,
@@ -126,19 +127,6 @@ class KVCache:
         self.v[layer][rows, :, positions] = v[:, :, 0]
         used = int(positions.max()) + 1
         return self.k[layer, :, :, :used], self.v[layer, :, :, :used]
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
-    """softmax(scale q k^T + causal mask) v, all (B, nh, T, hs). On a CPU in bf16, torch's fused attention is
-    two to four times slower (backward) than plain products up to 512 tokens; elsewhere it is the faster, and
-    never keeps the (T, T) probabilities."""
-    B, nh, T, hs = q.shape
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or T > 512:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
-    mask = q.new_full((T, T), -torch.inf).triu(1)
-    q, k, v = (x.reshape(B * nh, T, hs) for x in (q, k, v))
-    weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)  # (B nh, T, T)
-    return torch.bmm(F.dropout(weights, dropout), v).view(B, nh, T, hs)
 
 
 class Attention(nn.Module):
@@ -153,19 +141,26 @@ class Attention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def forward(self, x: Tensor, dropout: float, cache: KVCache | None, positions: Tensor | None) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T, nh, hs) -> (B, nh, T, hs)
-        if positions is None:
+    def forward(self, x: Tensor, rows: Rows | None, dropout: float, cache: KVCache | None,
+                positions: Tensor | None, wanted: Tensor | None) -> Tensor:
+        qkv = self.c_attn(x)  # (N, C) -> (N, 3C)
+        if rows is not None:
             if cache is not None:
+                _, k, v = split_heads(rows.padded(qkv), self.n_head)  # (B, nh, T, hs)
                 cache.prefill(self.layer, k, v)
-            y = causal_attention(q, k, v, self.scale, dropout)
+            y = attention(qkv, rows, self.n_head, self.scale, dropout)
         else:
+            q, k, v = split_heads(qkv[:, None], self.n_head)  # (B, 3C) -> 3 x (B, nh, 1, hs)
             k, v = cache.append(self.layer, k, v, positions)
             seen = torch.arange(k.shape[2], device=x.device) <= positions[:, None]  # (B, longest)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None], scale=self.scale)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+            y = y.flatten(1)  # (B, nh, 1, hs) -> (B, C)
+        return self.c_proj(pick(y, wanted))
+
+
+def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """(N, C) -> (n, C), the tokens that `wanted` (n,) counts; None: x as it is."""
+    return x if wanted is None else x.index_select(0, wanted)
 
 
 class MLP(nn.Module):
@@ -186,6 +181,10 @@ class Block(nn.Module):
 
     `attn_adapter` and `mlp_adapter` are the places where bottleneck adapters go (Houlsby et al. 2019, figure
     2): on a sublayer's output, before it is added. Empty, they are the identity.
+
+    x (N, C) holds `rows` end to end, or, with `rows` None, one new token of each row, whose keys and values
+    go to the cache at `positions` (N,). With `wanted` (n,), what comes out is (n, C): keys and values are
+    made of every token, and all that follows the attention of the wanted ones alone.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -197,9 +196,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_adapter = nn.Identity()
 
-    def forward(self, x: Tensor, dropout: float, cache: KVCache | None, positions: Tensor | None) -> Tensor:
-        attended = self.attn_adapter(self.attn(self.ln_1(x), dropout, cache, positions))
-        x = x + F.dropout(attended, dropout)
+    def forward(self, x: Tensor, rows: Rows | None, dropout: float, cache: KVCache | None,
+                positions: Tensor | None, wanted: Tensor | None) -> Tensor:
+        attended = self.attn_adapter(self.attn(self.ln_1(x), rows, dropout, cache, positions, wanted))
+        x = pick(x, wanted) + F.dropout(attended, dropout)
         return x + F.dropout(self.mlp_adapter(self.mlp(self.ln_2(x))), dropout)
 
 
@@ -269,50 +269,53 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.wte.weight.device
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
-        """Final hidden states, (B, T) token ids -> (B, T, C), after the last norm and without the soft
-        prompt's.
+    def hidden(self, ids: Tensor, lengths: list[int] | None = None, wanted: Tensor | None = None,
+               cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """Final hidden states, after the last norm, of token ids (B, T), of which a row's first `lengths`
+        are real (None: all): (B, T, C), or, with `wanted` (n,), which counts in ids.flatten(), those (n, C)
+        alone.
 
-        Rows may be padded on the right: attention is causal, so padding changes no real token. With a `cache`
-        and no `positions` the rows are stored from position 0 on; with `positions` (B,), ids is (B, 1) and
-        each row goes on at its own position. Raises UserError when a row does not fit into the model's
-        positions.
+        Padding is never computed, and the last block's projection and MLP take the wanted positions alone.
+        With a `cache` and no `positions` the rows are stored from position 0 on; with `positions` (B,), ids
+        is (B, 1) and each row goes on at its own position. Raises UserError when a row does not fit into the
+        model's positions.
         """
-        P, T = self.prompt_tokens, ids.shape[1]
-        if positions is None:
+        P, (B, T), rows = self.prompt_tokens, ids.shape, None
+        if positions is not None:
+            x = self.wte(ids[:, 0]) + self.wpe(positions)  # (B, C)
+        else:
             if P + T > self.config.n_positions:
                 soft = f" and {P} of the soft prompt" if P else ""
                 raise UserError(f"{T} tokens{soft} do not fit into the model's {self.config.n_positions} "
                                 "positions: shorten the text, or lower --max-length or --max-new-tokens")
-            if cache is None:
-                # On a CPU, oneDNN compiles a kernel for each shape and keeps it: multiples of 16 tokens mean
-                # few shapes, which halved the memory of runs on ragged rows and took a tenth off their time.
-                ids = F.pad(ids, (0, min(-(P + T) % 16, self.config.n_positions - P - T)))
-            x = self.wte(ids)
+            rows = Rows([P + n for n in lengths or [T] * B], self.config.n_positions, self.device)
+            x = self.wte(F.pad(ids, (0, rows.T - P - T)))
             if self.prompt is not None:
-                soft = self.prompt.weight.to(x.dtype).expand(len(ids), P, -1)
+                soft = self.prompt.weight.to(x.dtype).expand(B, P, -1)
                 x = torch.cat([soft, x], dim=1)  # (B, T, C) -> (B, P + T, C)
-            x = x + self.wpe.weight[: x.shape[1]]
-        else:
-            x = self.wte(ids) + self.wpe(positions)[:, None]
-            P = 0
+            x = rows.flat(x + self.wpe.weight[: rows.T])  # (N, C)
+            every = torch.arange(B * T, device=self.device) if wanted is None else wanted
+            inner = rows.starts[every // T] + P + every % T  # counted in N
         dropout = self.dropout if self.training else 0.0
         x = F.dropout(x.to(self.compute_dtype), dropout)
         for block in self.h:
+            last = inner if rows is not None and block is self.h[-1] else None
             if self.checkpoint and self.training:
-                x = checkpoint(block, x, dropout, cache, positions, use_reentrant=False)
+                x = checkpoint(block, x, rows, dropout, cache, positions, last, use_reentrant=False)
             else:
-                x = block(x, dropout, cache, positions)
-        return self.ln_f(x[:, P : P + T])
+                x = block(x, rows, dropout, cache, positions, last)
+        x = self.ln_f(x)
+        return x.view(B, T, -1) if wanted is None else x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) in fp32; the head is the token embedding."""
         return F.linear(hidden, self.wte.weight.to(hidden.dtype)).float()
 
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """The sum of -log p over the target tokens, in nats. ids, targets: (B, T); targets[b, t] is the token
-        after ids[b, t], or IGNORE. Only target positions meet the vocabulary: the prompt's logits are never
-        made."""
+    def loss(self, ids: Tensor, targets: Tensor, lengths: list[int] | None = None) -> Tensor:
+        """The sum of -log p over the target tokens, in nats. ids, targets: (B, T), of which a row's first
+        `lengths` are real (None: all); targets[b, t] is the token after ids[b, t], or IGNORE. Only target
+        positions pass the last block's MLP and meet the vocabulary: the prompt's logits are never made."""
         learned = (targets != IGNORE).flatten().nonzero()[:, 0]  # (n,)
-        hidden = self.hidden(ids).flatten(0, 1)[learned.to(ids.device)]  # (B, T, C) -> (n, C)
+        wanted = F.pad(learned, (0, -len(learned) % 64))  # few shapes: each step has its own n
+        hidden = self.hidden(ids, lengths, wanted.to(ids.device))  # (n + padding, C)
         return head_loss(hidden, self.wte.weight, targets.flatten()[learned].to(ids.device))

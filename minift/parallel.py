@@ -121,8 +121,8 @@ class Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        return self.model.loss(ids, targets)
+    def forward(self, ids: Tensor, targets: Tensor, lengths: list[int]) -> Tensor:
+        return self.model.loss(ids, targets, lengths)
 
 
 def replicate(model: nn.Module) -> nn.Module | None:

@@ -152,8 +152,8 @@ def predict(asked: Config, shape: GPT, batch: list[Example], prepare: Callable[.
         tuned = modes.tuned_parameters(model)
 
         before = meter.live
-        ids, targets = collate(rows, pad_id=0)
-        loss = model.loss(ids.to(device), targets)
+        ids, targets, lengths = collate(rows, pad_id=0)
+        loss = model.loss(ids.to(device), targets, lengths)
         activations = meter.live - before
         del loss
         for parameter in tuned.values():
@@ -172,7 +172,7 @@ def predict(asked: Config, shape: GPT, batch: list[Example], prepare: Callable[.
         "weights_bytes": nbytes(model.parameters()), "gradients_bytes": gradients,
         "optimizer_bytes": nbytes(state), "activations_bytes": activations, "logits_bytes": meter.logits,
         "predicted_peak_bytes": taken(meter.peak, device), "tuned_bytes": nbytes(tuned.values()),
-        "flops_per_token": step_flops / (ids.numel() * len(micro_batches))}
+        "flops_per_token": step_flops / (sum(lengths) * len(micro_batches))}
 
 
 def nbytes(tensors: Any) -> int:

@@ -648,7 +648,9 @@ def test_rows_of_like_length_stand_together():
 
 def test_collate_targets_completion_and_end_of_text_alone():
     pair = Pair("p", "c", "x:1")
-    ids, targets = collate([Example([1, 2, 3, 4, EOS], 3, pair), Example([5, 6, EOS], 1, pair)], pad_id=0)
+    batch = [Example([1, 2, 3, 4, EOS], 3, pair), Example([5, 6, EOS], 1, pair)]
+    ids, targets, lengths = collate(batch, pad_id=0)
+    assert lengths == [4, 2]
     assert ids.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0]]
     assert targets.tolist() == [[-100, -100, 4, EOS], [6, EOS, -100, -100]]
     assert ids.dtype == targets.dtype == torch.int64
@@ -656,8 +658,9 @@ def test_collate_targets_completion_and_end_of_text_alone():
 
 def test_collate_on_ragged_rows_against_a_plain_loop():
     batch = ragged(50, seed=3)
-    ids, targets = collate(batch, pad_id=999)
-    assert ids.shape == targets.shape == (50, max(len(row.ids) for row in batch) - 1)
+    ids, targets, lengths = collate(batch, pad_id=999)
+    assert ids.shape == targets.shape == (50, max(lengths))
+    assert lengths == [len(row.ids) - 1 for row in batch]
     for b, row in enumerate(batch):
         for t in range(ids.shape[1]):
             following = t + 1

@@ -1,0 +1,112 @@
+"""Causal attention over rows of different lengths that lie end to end, without padding between them.
+
+Letters in shape comments: N tokens of all rows, B rows, T the longest row, C = n_embd, nh heads, hs = C / nh.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import keep_mask
+
+# On a CPU, oneDNN compiles a kernel for each shape of a product and keeps it. Numbers of tokens are rounded
+# up to multiples of this one, so that ragged rows make few shapes.
+MULTIPLE = 16
+CHUNK = 256  # queries whose attention probabilities exist at one time
+
+
+class Rows:
+    """Where the tokens of B ragged rows are: in (N, ...), row after row, and in (B, T, ...), padded on the
+    right. T (up to `most`) and N are rounded up to multiples of 16; what fills N up repeats the first token,
+    and nothing may depend on it."""
+
+    def __init__(self, lengths: list[int], most: int, device: torch.device):
+        self.B, self.T = len(lengths), min(max(lengths) + -max(lengths) % MULTIPLE, most)
+        self.starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)  # of each row, in N
+        places = [torch.arange(n) + row * self.T for row, n in enumerate(lengths)]
+        self.real = sum(lengths)
+        self.places = F.pad(torch.cat(places), (0, -self.real % MULTIPLE)).to(device)  # (N,), in (B T)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(B, T, ...) -> (N, ...)."""
+        return x.flatten(0, 1).index_select(0, self.places)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (B, T, ...), with zeros where there is no token."""
+        empty = x.new_zeros(self.B * self.T, *x.shape[1:])
+        return empty.index_copy(0, self.places[: self.real], x[: self.real]).unflatten(0, (self.B, self.T))
+
+
+def attention(qkv: Tensor, rows: Rows, n_head: int, scale: float, dropout: float) -> Tensor:
+    """softmax(scale q k^T + causal mask) v in each row: (N, 3C) -> (N, C). On a GPU this is torch's fused
+    attention. On a CPU, where that takes up to 3 times as long in bf16 and 1.4 times in fp32 (8 rows of 64 to
+    512 tokens, forward and backward), it is ChunkedAttention."""
+    if qkv.device.type == "cpu":
+        seed = torch.randint(2**62, ()) if dropout else None
+        return ChunkedAttention.apply(qkv, rows, n_head, scale, dropout, seed)
+    q, k, v = split_heads(rows.padded(qkv), n_head)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
+    return rows.flat(y.transpose(1, 2).flatten(2))
+
+
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
+    """Views of q, k and v, each (B, nh, T, hs), of (B, T, 3C)."""
+    B, T, C = qkv.shape
+    return qkv.view(B, T, 3, n_head, C // 3 // n_head).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """Attention by plain products, for a chunk of queries at a time: keys after a chunk's last query are left
+    out. Keeps qkv, and the probabilities where all queries are one chunk; where they are more, the backward
+    pass makes them again, so that memory grows with T and not with its square."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, rows: Rows, n_head: int, scale: float, dropout: float,
+                seed: Tensor | None) -> Tensor:
+        ctx.given = rows, n_head, scale, dropout
+        q, k, v = (part.flatten(0, 1) for part in split_heads(rows.padded(qkv), n_head))  # (B nh, T, hs)
+        y = torch.empty_like(q)
+        for start in range(0, rows.T, CHUNK):
+            end = min(start + CHUNK, rows.T)
+            weights = probabilities(q, k, start, end, scale)  # (B nh, end - start, end)
+            y[:, start:end] = dropped(weights, start, dropout, seed) @ v[:, :end]
+        ctx.save_for_backward(qkv, seed, weights if rows.T <= CHUNK else None)
+        return rows.flat(y.unflatten(0, (rows.B, n_head)).transpose(1, 2).flatten(2))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, n_head, scale, dropout = ctx.given
+        qkv, seed, kept = ctx.saved_tensors
+        q, k, v = (part.flatten(0, 1) for part in split_heads(rows.padded(qkv), n_head))
+        dy = rows.padded(dy).unflatten(2, (n_head, -1)).transpose(1, 2).flatten(0, 1)  # (B nh, T, hs)
+        dqkv = torch.empty(rows.B, rows.T, qkv.shape[1], dtype=qkv.dtype)
+        dq, dk, dv = (torch.zeros_like(k, dtype=torch.float32 if rows.T > CHUNK else None) for _ in range(3))
+        for start in range(0, rows.T, CHUNK):
+            end = min(start + CHUNK, rows.T)
+            weights = probabilities(q, k, start, end, scale) if kept is None else kept
+            dv[:, :end] += dropped(weights, start, dropout, seed).transpose(1, 2) @ dy[:, start:end]
+            dweights = dropped(dy[:, start:end] @ v[:, :end].transpose(1, 2), start, dropout, seed)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(scale)
+            dq[:, start:end] = dscores @ k[:, :end]
+            dk[:, :end] += dscores.transpose(1, 2) @ q[:, start:end]
+        for part, grad in zip(split_heads(dqkv, n_head), (dq, dk, dv), strict=True):
+            part.copy_(grad.unflatten(0, (rows.B, n_head)))
+        dflat = rows.flat(dqkv)
+        dflat[rows.real :] = 0  # what fills N up
+        return dflat, None, None, None, None, None
+
+
+def probabilities(q: Tensor, k: Tensor, start: int, end: int, scale: float) -> Tensor:
+    """What the queries start..end make of the keys 0..end."""
+    mask = q.new_full((end - start, end), -torch.inf).triu(1 + start)
+    return torch.baddbmm(mask, q[:, start:end], k[:, :end].transpose(1, 2), alpha=scale).softmax(-1)
+
+
+def dropped(weights: Tensor, start: int, dropout: float, seed: Tensor | None) -> Tensor:
+    """`weights` after dropout; the same elements fall out whenever seed and start are the same."""
+    if not dropout:
+        return weights
+    keep = keep_mask(weights.flatten(0, 1), dropout, seed + start).view_as(weights)
+    return weights * keep / (1 - dropout)
