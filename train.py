@@ -12,12 +12,13 @@ gets and a run saves.
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -240,10 +241,20 @@ def train(model: GPT, asked: Config, rows: dict[str, list[Example]], folder: Pat
     return progress
 
 
+def load_base(options: TrainOptions) -> GPT:
+    """The untouched base, as it is scored."""
+    device = choose_device(options.device)
+    base = weights.load(options.model)
+    base.requires_grad_(False)
+    base.set_compute_dtype(choose_dtype(options.dtype, device))
+    parallel.place(base, device, options.shard)
+    return base
+
+
 def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str | None,
-         before: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One run, from the untouched base to result.json; `before` are the base's scores on the same rows, and
-    `shape` is the base on the meta device."""
+         score_base: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """One run, from the untouched base to result.json; `score_base` gives the base's scores on the same rows,
+    and `shape` is the base on the meta device."""
     mode, options = asked.mode, asked.train
     began, device = time.perf_counter(), choose_device(options.device)
     batch = widest_batch(rows["train"], options)
@@ -264,6 +275,8 @@ def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str
     progress = train(model, asked, rows, folder)
     peak = peak_memory(device)
     after = metrics.score(model, rows["test"], options.batch, options.max_new_tokens, general)
+    del model
+    before = score_base()
     result = {
         "mode": mode, "base": options.model, "learning_rate": options.lr, "steps": progress.step,
         "best_step": progress.best_step, "stopped_early": progress.stopped, "skipped_steps": progress.skipped,
@@ -294,13 +307,9 @@ def main(arguments: list[str]) -> None:
     if options.plan:
         print(plan.report(asked, prepare, make_optimizer, train_step, widest_batch))
         return
-    device = choose_device(options.device)
-    base = weights.load(options.model)
-    base.requires_grad_(False)
-    base.set_compute_dtype(choose_dtype(options.dtype, device))
-    parallel.place(base, device, options.shard)
-    print(f"base {base.folder}: {sum(p.numel() for p in base.parameters()):,} parameters, on {device} in "
-          f"{str(base.compute_dtype).removeprefix('torch.')}")
+    base = load_base(options)
+    print(f"base {base.folder}: {sum(p.numel() for p in base.parameters()):,} parameters, on {base.device} "
+          f"in {str(base.compute_dtype).removeprefix('torch.')}")
     config.check_modes(asked, base)
     room = base.config.n_positions - max(one.prompt_tokens for one in asked.values())
     limits = {"train": None, "val": options.val_rows, "test": options.test_rows}
@@ -325,13 +334,18 @@ def main(arguments: list[str]) -> None:
             print(config.describe(one))
             if not options.resume:
                 config.save(folders[mode], one)
-        before = metrics.score(base, rows["test"], options.batch, options.max_new_tokens, general)
         shape = weights.blank(base.folder)
         del base
+
+        @functools.cache
+        def score_base() -> dict[str, Any]:  # when the first run is over, so that training begins at once
+            untouched = load_base(options)
+            return metrics.score(untouched, rows["test"], options.batch, options.max_new_tokens, general)
+
         again = several and options.resume
         done = parallel.from_first(
             lambda: {mode: checkpoint.finished(folders[mode]) if again else None for mode in asked})
-        results = [done[mode] or tune(one, shape, rows, general, before, folders[mode])
+        results = [done[mode] or tune(one, shape, rows, general, score_base, folders[mode])
                    for mode, one in asked.items()]
         if several:
             print("\n" + compare.write(out, results))

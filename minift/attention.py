@@ -82,7 +82,8 @@ class ChunkedAttention(torch.autograd.Function):
         q, k, v = (part.flatten(0, 1) for part in split_heads(rows.padded(qkv), n_head))
         dy = rows.padded(dy).unflatten(2, (n_head, -1)).transpose(1, 2).flatten(0, 1)  # (B nh, T, hs)
         dqkv = torch.empty(rows.B, rows.T, qkv.shape[1], dtype=qkv.dtype)
-        dq, dk, dv = (torch.zeros_like(k, dtype=torch.float32 if rows.T > CHUNK else None) for _ in range(3))
+        sums = qkv.dtype if rows.T <= CHUNK else torch.promote_types(qkv.dtype, torch.float32)
+        dq, dk, dv = (torch.zeros_like(k, dtype=sums) for _ in range(3))
         for start in range(0, rows.T, CHUNK):
             end = min(start + CHUNK, rows.T)
             weights = probabilities(q, k, start, end, scale) if kept is None else kept

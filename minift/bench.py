@@ -62,7 +62,9 @@ def measure(mode: str, options: BenchOptions, train: Any) -> dict[str, Any]:
     dtype = choose_dtype(options.dtype, device)
     reset_peak_memory(device)
     torch.manual_seed(0)
+    torch.set_default_dtype(dtype)  # in which frozen weights stay: no second copy of a large model
     model = GPT(SIZES[options.size])
+    torch.set_default_dtype(torch.float32)
     model.init_weights(0)
     defaults = modes.MODES[mode].TRAINING
     modes.apply(model, mode, modes.MODES[mode].Options())

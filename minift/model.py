@@ -141,8 +141,8 @@ class Attention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def forward(self, x: Tensor, rows: Rows | None, dropout: float, cache: KVCache | None,
-                positions: Tensor | None, wanted: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows | None, dropout: float = 0.0, cache: KVCache | None = None,
+                positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         qkv = self.c_attn(x)  # (N, C) -> (N, 3C)
         if rows is not None:
             if cache is not None:
@@ -196,8 +196,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_adapter = nn.Identity()
 
-    def forward(self, x: Tensor, rows: Rows | None, dropout: float, cache: KVCache | None,
-                positions: Tensor | None, wanted: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows | None, dropout: float = 0.0, cache: KVCache | None = None,
+                positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         attended = self.attn_adapter(self.attn(self.ln_1(x), rows, dropout, cache, positions, wanted))
         x = pick(x, wanted) + F.dropout(attended, dropout)
         return x + F.dropout(self.mlp_adapter(self.mlp(self.ln_2(x))), dropout)
@@ -210,6 +210,7 @@ class GPT(nn.Module):
     `prompt` is the place where a soft prompt goes: a module whose `weight` is (P, C), put before every row.
     `dropout` is GPT-2's embedding, attention and residual dropout while training; 0 until somebody sets it.
     `checkpoint` trades time for memory: a block's activations are computed again in the backward pass.
+    `by_row` lists the layers that compute otherwise in each row; they are told each token's, `token_rows`.
     `compute_dtype` is what activations are made in; see `set_compute_dtype`. `tokenizer`, `folder` and
     `fingerprint` say where the weights came from; weights.load sets them.
     """
@@ -224,6 +225,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.dropout, self.checkpoint = 0.0, False
+        self.by_row: list[Any] = []
         self.compute_dtype = torch.float32
         self.tokenizer: Tokenizer | None = None
         self.folder: Path | None = None
@@ -245,7 +247,9 @@ class GPT(nn.Module):
         fp32 and are cast where they are used, so that the optimizer's small steps are not rounded away."""
         self.compute_dtype = dtype
         for parameter in self.parameters():
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+            wanted = torch.float32 if parameter.requires_grad else dtype
+            if parameter.requires_grad or parameter.dtype != wanted:  # else it may stay mapped from its file,
+                parameter.data = parameter.data.to(wanted).contiguous()  # with matrices the other way round
 
     def share(self) -> "GPT":
         """A second model on this one's weights, frozen, of which nothing is copied. A mode can be applied to
@@ -283,6 +287,7 @@ class GPT(nn.Module):
         P, (B, T), rows = self.prompt_tokens, ids.shape, None
         if positions is not None:
             x = self.wte(ids[:, 0]) + self.wpe(positions)  # (B, C)
+            token_rows = torch.arange(B, device=self.device)
         else:
             if P + T > self.config.n_positions:
                 soft = f" and {P} of the soft prompt" if P else ""
@@ -296,14 +301,19 @@ class GPT(nn.Module):
             x = rows.flat(x + self.wpe.weight[: rows.T])  # (N, C)
             every = torch.arange(B * T, device=self.device) if wanted is None else wanted
             inner = rows.starts[every // T] + P + every % T  # counted in N
+            token_rows = rows.places // rows.T  # (N,)
+        for layer in self.by_row:
+            layer.token_rows = token_rows
         dropout = self.dropout if self.training else 0.0
         x = F.dropout(x.to(self.compute_dtype), dropout)
         for block in self.h:
-            last = inner if rows is not None and block is self.h[-1] else None
+            last = inner if rows is not None and block is self.h[-1] and not self.by_row else None
             if self.checkpoint and self.training:
                 x = checkpoint(block, x, rows, dropout, cache, positions, last, use_reentrant=False)
             else:
                 x = block(x, rows, dropout, cache, positions, last)
+        if rows is not None and self.by_row:
+            x = pick(x, inner)
         x = self.ln_f(x)
         return x.view(B, T, -1) if wanted is None else x
 

@@ -5,6 +5,7 @@ losses do not depend on their number. Rank 0 alone prints and writes. In a proce
 here is the plain thing, and torch.distributed is not even imported.
 """
 
+import atexit
 import contextlib
 import os
 import random
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, out_of_memory
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1  # torchrun sets both
 RANK, LOCAL_RANK = (int(os.environ[name]) if WORLD > 1 else 0 for name in ("RANK", "LOCAL_RANK"))
@@ -42,13 +43,21 @@ def processes() -> Iterator[None]:
             yield
     except SystemExit as ended:
         code = ended.code
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
         with contextlib.suppress(RuntimeError):  # the store is gone too
             if store.add("told", 1) > 1:
                 sys.stderr = open(os.devnull, "w")
+        code = 2 if isinstance(error, UserError) or out_of_memory(error) else 1
+        atexit.register(leave, 130 if isinstance(error, KeyboardInterrupt) else code)  # once it is told
         raise
+    leave(code or 0)
+
+
+def leave(code: int) -> None:
+    """End this process at once: gloo's threads, taken down with the interpreter, now and then abort it."""
     sys.stdout.flush()
-    os._exit(code or 0)  # gloo's threads, taken down with the interpreter, now and then abort a finished run
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -102,6 +111,8 @@ def place(model: nn.Module, device: torch.device, shard: bool) -> None:
     mesh = init_device_mesh(device.type, (WORLD,))
     # gathered in what a block computes in anyway, or autograd would keep a cast copy of the whole block
     policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP2 takes no other
     for block in model.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)

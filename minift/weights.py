@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import safetensors
 from .errors import UserError, tokenizer_faults
+from .machine import page_out
 from .model import GPT, GPTConfig
 
 HUB = {
@@ -37,13 +38,14 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 def load(name: str) -> GPT:
     """The model of `name`, a folder's path or a name in HUB, in fp32 on the CPU, with `tokenizer`, `folder`
-    and `fingerprint` set. Raises UserError."""
+    and `fingerprint` set. Weights of a safetensors file stay there, mapped, until another dtype or training
+    needs a copy. Raises UserError."""
     folder = find_folder(name)
     model = blank(folder)
     tensors = canonical(read_tensors(folder), str(folder))
     check_tensors(tensors, {key: p.shape for key, p in model.named_parameters()}, str(folder))
     for key in filter(CONV1D.fullmatch, list(tensors)):
-        tensors[key] = tensors[key].T.contiguous()  # one at a time: no second copy of all weights
+        tensors[key] = tensors[key].T
     model.load_state_dict(tensors, assign=True)
     model.fingerprint = fingerprint(model)
     return model
@@ -222,6 +224,7 @@ def fingerprint(model: GPT) -> str:
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
         digest.update(parameter.detach().contiguous().numpy().data)
+        page_out(parameter)
     return digest.hexdigest()[:32]
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minift import modes, weights
+from minift.attention import Rows
 from minift.errors import UserError
 from minift.generate import generate
 from minift.model import GPT, IGNORE, GPTConfig
@@ -498,7 +499,8 @@ def test_every_mode_describes_itself(
 def test_adapters_stand_where_the_papers_put_them(make_gpt: Callable) -> None:
     """On the sublayer's output, inside its residual: x + adapter(f(norm(x))), with the adapter's own skip."""
     model = disturb(apply(make_gpt(), "adapter", {"bottleneck": 5}))
-    block, x = model.h[1], torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0))
+    block, x = model.h[1], torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    rows = Rows([7, 9], 96, x.device)
 
     def adapter(layer: Any, y: Tensor) -> Tensor:
         return (
@@ -508,9 +510,9 @@ def test_adapters_stand_where_the_papers_put_them(make_gpt: Callable) -> None:
         )
 
     with torch.no_grad():
-        middle = x + adapter(block.attn_adapter, block.attn(block.ln_1(x), 0.0, None, None))
+        middle = x + adapter(block.attn_adapter, block.attn(block.ln_1(x), rows))
         wanted = middle + adapter(block.mlp_adapter, block.mlp(block.ln_2(middle)))
-        assert torch.allclose(block(x, 0.0, None, None), wanted, atol=1e-5)
+        assert torch.allclose(block(x, rows), wanted, atol=1e-5)
     one = apply(make_gpt(), "adapter", {"bottleneck": 5, "placement": "pfeiffer"})
     assert {name.split(".")[2] for name in modes.tuned_parameters(one)} == {"mlp_adapter"}
     with pytest.raises(UserError, match="--bottleneck 0: must be at least 1"):

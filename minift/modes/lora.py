@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -282,26 +283,29 @@ def is_target(peft: PeftFields, name: str, where: str) -> bool:
 class MixedLinear(Linear):
     """A linear layer in which each row of a batch uses its own of F updates, or none (-1).
 
-    A: (F + 1, R, in), B: (F + 1, out, R) with the scale in it; R is the largest rank, the rest zero, and the
-    last update too. `rows` (B,) says which.
+    A: (F, R, in), B: (F, R, out) with the scale in it; R is the largest rank, and the rest zero. `files` (B,)
+    says which a row uses; GPT.hidden sets `token_rows` (N,), the row that each token belongs to.
     """
 
     def __init__(self, base: Linear, layers: list[LoRALinear | None]):
         super().__init__(base.in_features, base.out_features, device="meta")
-        self.weight, self.bias, self.rows = base.weight, base.bias, torch.tensor([-1])
+        self.weight, self.bias = base.weight, base.bias
+        self.files, self.token_rows = torch.tensor([-1]), torch.tensor([0])
         ranks = [0 if layer is None else len(layer.lora_A) for layer in layers]
-        self.A = base.weight.new_zeros(len(layers) + 1, max(ranks), base.in_features)
-        self.B = base.weight.new_zeros(len(layers) + 1, base.out_features, max(ranks))
+        self.A = base.weight.new_zeros(len(layers), max(ranks), base.in_features)
+        self.B = base.weight.new_zeros(len(layers), max(ranks), base.out_features)
         for i, (layer, rank) in enumerate(zip(layers, ranks, strict=True)):
             if layer is not None:
                 self.A[i, :rank] = layer.lora_A
-                self.B[i, :, :rank] = layer.scale * layer.whole_B()
+                self.B[i, :rank] = layer.scale * layer.whole_B().T
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) != len(self.rows):
-            raise UserError(f"a batch of {len(x)} rows, and `choose` named the files of {len(self.rows)}")
-        h = torch.bmm(x, self.A[self.rows].transpose(1, 2))  # (B, T, in) -> (B, T, R)
-        return torch.baddbmm(super().forward(x), h, self.B[self.rows].transpose(1, 2))  # -> (B, T, out)
+        count = int(self.token_rows.max()) + 1
+        if count != len(self.files):
+            raise UserError(f"a batch of {count} rows, and `choose` named the files of {len(self.files)}")
+        own = self.files[self.token_rows][:, None] == torch.arange(len(self.A), device=x.device)  # (N, F)
+        h = F.linear(x, self.A.flatten(0, 1)).unflatten(1, (len(self.A), -1)) * own[..., None]  # (N, F, R)
+        return torch.addmm(super().forward(x), h.flatten(1), self.B.flatten(0, 1))  # (N, out)
 
 
 @torch.no_grad()
@@ -323,6 +327,7 @@ def mix(base: GPT, models: Sequence[GPT]) -> GPT:
         owner, _, slot = name.rpartition(".")
         layer = MixedLinear(mixed.get_submodule(name), [own.get(name) for own in layers])
         setattr(mixed.get_submodule(owner), slot, layer)
+        mixed.by_row.append(layer)
     return mixed
 
 
@@ -330,7 +335,7 @@ def choose(mixed: GPT, rows: Sequence[int]) -> None:
     """From now on row i of a batch uses the update of `mix`'s models[rows[i]]; -1 is the base itself."""
     for layer in mixed.modules():
         if isinstance(layer, MixedLinear):
-            files = len(layer.A) - 1
+            files = len(layer.A)
             if not all(-1 <= row < files for row in rows):
                 raise UserError(f"rows {list(rows)}: there are {files} files, from 0 on, and -1, the base")
-            layer.rows = torch.tensor(rows, device=layer.A.device)
+            layer.files = torch.tensor(rows, device=layer.A.device)
