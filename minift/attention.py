@@ -3,6 +3,7 @@
 Letters in shape comments: N tokens of all rows, B rows, T the longest row, C = n_embd, nh heads, hs = C / nh.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .kernels import keep_mask
 # On a CPU, oneDNN compiles a kernel for each shape of a product and keeps it. Numbers of tokens are rounded
 # up to multiples of this one, so that ragged rows make few shapes.
 MULTIPLE = 16
-CHUNK = 256  # queries whose attention probabilities exist at one time
+CHUNK = 256  # queries of a row whose attention probabilities exist at one time
 
 
 class Rows:
@@ -23,11 +24,19 @@ class Rows:
     and nothing may depend on it."""
 
     def __init__(self, lengths: list[int], most: int, device: torch.device):
+        self.lengths = lengths
         self.B, self.T = len(lengths), min(max(lengths) + -max(lengths) % MULTIPLE, most)
         self.starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)  # of each row, in N
         places = [torch.arange(n) + row * self.T for row, n in enumerate(lengths)]
         self.real = sum(lengths)
         self.places = F.pad(torch.cat(places), (0, -self.real % MULTIPLE)).to(device)  # (N,), in (B T)
+
+    def slices(self) -> Iterator[slice]:
+        """Each row's tokens in N."""
+        start = 0
+        for n in self.lengths:
+            yield slice(start, start + n)
+            start += n
 
     def flat(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (N, ...)."""
@@ -58,45 +67,72 @@ def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """Attention by plain products, for a chunk of queries at a time: keys after a chunk's last query are left
-    out. Keeps qkv, and the probabilities where all queries are one chunk; where they are more, the backward
-    pass makes them again, so that memory grows with T and not with its square."""
+    """Attention by plain products. Rows of up to CHUNK tokens go together, padded, and their probabilities
+    are kept for the backward pass. Where one is longer, each row goes alone, without padding, and the
+    backward pass makes the probabilities again: memory grows with the tokens, not with the square of T."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, rows: Rows, n_head: int, scale: float, dropout: float,
                 seed: Tensor | None) -> Tensor:
-        ctx.given = rows, n_head, scale, dropout
-        q, k, v = (part.flatten(0, 1) for part in split_heads(rows.padded(qkv), n_head))  # (B nh, T, hs)
-        y = torch.empty_like(q)
-        for start in range(0, rows.T, CHUNK):
-            end = min(start + CHUNK, rows.T)
-            weights = probabilities(q, k, start, end, scale)  # (B nh, end - start, end)
-            y[:, start:end] = dropped(weights, start, dropout, seed) @ v[:, :end]
-        ctx.save_for_backward(qkv, seed, weights if rows.T <= CHUNK else None)
-        return rows.flat(y.unflatten(0, (rows.B, n_head)).transpose(1, 2).flatten(2))
+        ctx.given, kept = (rows, n_head, scale, dropout), None
+        if rows.T <= CHUNK:
+            y, kept = attend(rows.padded(qkv), n_head, scale, dropout, seed)
+            flat = rows.flat(y)
+        else:
+            flat = qkv.new_zeros(len(qkv), qkv.shape[1] // 3)
+            for one in rows.slices():
+                flat[one] = attend(qkv[None, one], n_head, scale, dropout, moved(seed, one.start))[0]
+        ctx.save_for_backward(qkv, seed, kept)
+        return flat
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, n_head, scale, dropout = ctx.given
         qkv, seed, kept = ctx.saved_tensors
-        q, k, v = (part.flatten(0, 1) for part in split_heads(rows.padded(qkv), n_head))
-        dy = rows.padded(dy).unflatten(2, (n_head, -1)).transpose(1, 2).flatten(0, 1)  # (B nh, T, hs)
-        dqkv = torch.empty(rows.B, rows.T, qkv.shape[1], dtype=qkv.dtype)
-        sums = qkv.dtype if rows.T <= CHUNK else torch.promote_types(qkv.dtype, torch.float32)
-        dq, dk, dv = (torch.zeros_like(k, dtype=sums) for _ in range(3))
-        for start in range(0, rows.T, CHUNK):
-            end = min(start + CHUNK, rows.T)
-            weights = probabilities(q, k, start, end, scale) if kept is None else kept
-            dv[:, :end] += dropped(weights, start, dropout, seed).transpose(1, 2) @ dy[:, start:end]
-            dweights = dropped(dy[:, start:end] @ v[:, :end].transpose(1, 2), start, dropout, seed)
-            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(scale)
-            dq[:, start:end] = dscores @ k[:, :end]
-            dk[:, :end] += dscores.transpose(1, 2) @ q[:, start:end]
-        for part, grad in zip(split_heads(dqkv, n_head), (dq, dk, dv), strict=True):
-            part.copy_(grad.unflatten(0, (rows.B, n_head)))
-        dflat = rows.flat(dqkv)
-        dflat[rows.real :] = 0  # what fills N up
-        return dflat, None, None, None, None, None
+        if rows.T <= CHUNK:
+            dqkv = rows.flat(attend_backward(rows.padded(dy), rows.padded(qkv), kept, n_head, scale, dropout,
+                                             seed))
+            dqkv[rows.real :] = 0  # what fills N up
+        else:
+            dqkv = torch.zeros_like(qkv)
+            for one in rows.slices():
+                dqkv[one] = attend_backward(dy[None, one], qkv[None, one], None, n_head, scale, dropout,
+                                            moved(seed, one.start))
+        return dqkv, None, None, None, None, None
+
+
+def attend(qkv: Tensor, n_head: int, scale: float, dropout: float, seed: Tensor | None
+           ) -> tuple[Tensor, Tensor]:
+    """(B, T, 3C) -> (B, T, C), a chunk of queries at a time, without the keys after its last query; and the
+    last chunk's probabilities."""
+    (B, T, _), (q, k, v) = qkv.shape, (part.flatten(0, 1) for part in split_heads(qkv, n_head))
+    y = torch.empty_like(q)  # (B nh, T, hs)
+    for start in range(0, T, CHUNK):
+        end = min(start + CHUNK, T)
+        weights = probabilities(q, k, start, end, scale)  # (B nh, end - start, end)
+        y[:, start:end] = dropped(weights, dropout, moved(seed, start)) @ v[:, :end]
+    return y.unflatten(0, (B, n_head)).transpose(1, 2).flatten(2), weights
+
+
+def attend_backward(dy: Tensor, qkv: Tensor, kept: Tensor | None, n_head: int, scale: float, dropout: float,
+                    seed: Tensor | None) -> Tensor:
+    """dy (B, T, C) -> dqkv (B, T, 3C); `kept` are the probabilities, or None to make them again."""
+    (B, T, _), (q, k, v) = qkv.shape, (part.flatten(0, 1) for part in split_heads(qkv, n_head))
+    dy = dy.unflatten(2, (n_head, -1)).transpose(1, 2).flatten(0, 1)  # (B nh, T, hs)
+    sums = qkv.dtype if T <= CHUNK else torch.promote_types(qkv.dtype, torch.float32)
+    dq, dk, dv = (torch.zeros_like(k, dtype=sums) for _ in range(3))
+    for start in range(0, T, CHUNK):
+        end = min(start + CHUNK, T)
+        weights = probabilities(q, k, start, end, scale) if kept is None else kept
+        dv[:, :end] += dropped(weights, dropout, moved(seed, start)).transpose(1, 2) @ dy[:, start:end]
+        dweights = dropped(dy[:, start:end] @ v[:, :end].transpose(1, 2), dropout, moved(seed, start))
+        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(scale)
+        dq[:, start:end] = dscores @ k[:, :end]
+        dk[:, :end] += dscores.transpose(1, 2) @ q[:, start:end]
+    dqkv = torch.empty_like(qkv)
+    for part, grad in zip(split_heads(dqkv, n_head), (dq, dk, dv), strict=True):
+        part.copy_(grad.unflatten(0, (B, n_head)))
+    return dqkv
 
 
 def probabilities(q: Tensor, k: Tensor, start: int, end: int, scale: float) -> Tensor:
@@ -105,9 +141,13 @@ def probabilities(q: Tensor, k: Tensor, start: int, end: int, scale: float) -> T
     return torch.baddbmm(mask, q[:, start:end], k[:, :end].transpose(1, 2), alpha=scale).softmax(-1)
 
 
-def dropped(weights: Tensor, start: int, dropout: float, seed: Tensor | None) -> Tensor:
-    """`weights` after dropout; the same elements fall out whenever seed and start are the same."""
+def moved(seed: Tensor | None, place: int) -> Tensor | None:
+    """A seed for what begins at another place: of a row in N, and of a chunk in its row."""
+    return None if seed is None else seed + place
+
+
+def dropped(weights: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """`weights` after dropout; the same elements fall out whenever the seed is the same."""
     if not dropout:
         return weights
-    keep = keep_mask(weights.flatten(0, 1), dropout, seed + start).view_as(weights)
-    return weights * keep / (1 - dropout)
+    return weights * keep_mask(weights.flatten(0, 1), dropout, seed).view_as(weights) / (1 - dropout)

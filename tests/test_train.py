@@ -419,3 +419,47 @@ def test_steps_that_are_not_finite_are_refused_by_name(make_gpt: Callable, tmp_p
     model.h[1].mlp.c_fc.weight.grad[0, 0] = math.inf
     with pytest.raises(UserError, match=r"step 1: .*h\.1\.mlp\.c_fc\.weight.*train\.jsonl:7"):
         script.refuse_step(model, math.nan, rows, script.TrainOptions(), script.Progress(), tmp_path)
+
+
+def usual_losses(folder: Path, pairs: Path, mode: str, steps: int, batch_rows: int, lr: float) -> list[float]:
+    """The usual stack's: transformers' model, rows padded to the longest of a batch, labels masked on prompt
+    and padding, torch's AdamW, clipping at 1."""
+    from transformers import GPT2LMHeadModel
+    none = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, **none).train()
+    if mode == "selective":
+        model.requires_grad_(False)
+        for module in (*model.transformer.h[-2:], model.transformer.ln_f):
+            module.requires_grad_(True)
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(tuned, lr=lr, weight_decay=0.0)
+    rows, losses = rows_of(pairs, folder), []
+    batches = [rows[start : start + batch_rows] for start in range(0, len(rows), batch_rows)]
+    for step in range(steps):
+        batch = batches[step % len(batches)]
+        size = len(batch), max(len(row.ids) for row in batch)
+        ids, mask, labels = torch.zeros(size).long(), torch.zeros(size).long(), torch.full(size, -100)
+        for i, row in enumerate(batch):
+            n = len(row.ids)
+            ids[i, :n], mask[i, :n] = torch.tensor(row.ids), 1
+            labels[i, row.n_prompt : n] = ids[i, row.n_prompt : n]
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tuned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_twenty_steps_lose_what_the_usual_stack_loses(common: list[str], model_folder: Path, pairs: Path,
+                                                      tmp_path: Path, mode: str) -> None:
+    """Speed must not be bought with a different problem."""
+    train = ["--train", "top:2,final"] if mode == "selective" else []
+    trained(*common, "--mode", mode, *train, "--steps", 20, "--order", "file", "--batch", 4, "--lr", 1e-3,
+            "--weight-decay", 0, "--schedule", "constant", "--warmup-ratio", 0, "--eval-every", 1000,
+            "--dtype", "fp32", "--out", tmp_path / "x")
+    found, wanted = step_losses(tmp_path / "x"), usual_losses(model_folder, pairs, mode, 20, 4, 1e-3)
+    assert len(found) == 20 and found == pytest.approx(wanted, abs=1e-3)
+    assert max(wanted) - min(wanted) > 0.1  # steps that change nothing would agree too
