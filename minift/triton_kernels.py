@@ -7,7 +7,8 @@ parts, in fp32, which a second small reduction adds up: no atomics, so the same 
 mask is made in the kernels from a seed on the device, and never stored. A and B are cast where they are
 loaded. Products of fp32 are made in fp32: TF32 is not used.
 
-Letters as in minift/kernels.py, and J = parts * r: the columns of h. Every tensor comes with its own strides.
+Letters as in minift/kernels.py, and J = parts * r: the columns of h. Every tensor comes with its own strides,
+and those of x, dy and the weight may reach further than 32 bits count.
 """
 
 import os
@@ -32,16 +33,23 @@ def load(pointers, mask, like):
 
 
 @triton.jit
-def keep_tile(seed, rows, first, columns, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """keep_mask of minift/kernels.py for a tile: `rows` (ROWS,), columns from `first`, a multiple of 4."""
-    words = rows[:, None] * ((columns + 3) // 4) + (first // 4 + tl.arange(0, COLUMNS // 4))[None, :]
-    z = tl.load(seed).to(tl.uint64) + words.to(tl.uint64) * 0x9E3779B97F4A7C15
+def splitmix64(seed, first, indices):
+    """Outputs first + indices of the generator of minift/kernels.py. As random_bits there has them: from 0 on
+    those of the columns, one for four, then those of the rows."""
+    z = tl.load(seed).to(tl.uint64) + (first + indices).to(tl.uint64) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    z = z ^ (z >> 31)
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def keep_tile(of_rows, of_columns, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """keep_mask of minift/kernels.py for a tile: numbers of its rows (ROWS,) and words (COLUMNS / 4,)."""
+    z = of_rows[:, None] * of_columns[None, :]
+    z = (z ^ (z.to(tl.int64) >> 32).to(tl.uint64)) * 0xBF58476D1CE4E5B9
     even = tl.join(z.to(tl.int16), (z >> 32).to(tl.int16))
     odd = tl.join((z >> 16).to(tl.int16), (z >> 48).to(tl.int16))
-    return tl.reshape(tl.join(even, odd), (ROWS, COLUMNS)) >= threshold  # from (ROWS, COLUMNS / 4, 2, 2)
+    return tl.reshape(tl.join(even, odd), (ROWS, COLUMNS)) > threshold  # from (ROWS, COLUMNS / 4, 2, 2)
 
 
 @triton.jit
@@ -50,7 +58,8 @@ def mask_kernel(out, seed, M, K, threshold, BM: tl.constexpr, BK: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     first = tl.program_id(1) * BK
     k = first + tl.arange(0, BK)
-    keep = keep_tile(seed, rows, first, K, threshold, BM, BK)
+    of_columns = splitmix64(seed, first // 4, tl.arange(0, BK // 4))
+    keep = keep_tile(splitmix64(seed, tl.cdiv(K, 4), rows), of_columns, threshold, BM, BK)
     tl.store(out + rows[:, None] * K + k[None, :], keep, (rows < M)[:, None] & (k < K)[None, :])
 
 
@@ -61,11 +70,15 @@ def shrink_kernel(x, a, h, seed, M, K, J, sxm, sxk, saj, sak, shm, c, threshold,
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BJ + tl.arange(0, BJ)
     acc = tl.zeros((BM, BJ), tl.float32)
+    if DROPOUT:
+        of_rows = splitmix64(seed, tl.cdiv(K, 4), rows)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        xt = load(x + rows[:, None] * sxm + k[None, :] * sxk, (rows < M)[:, None] & (k < K)[None, :], x)
+        xt = load(x + rows[:, None] * sxm + k.to(tl.int64)[None, :] * sxk,
+                  (rows < M)[:, None] & (k < K)[None, :], x)
         if DROPOUT:
-            xt = tl.where(keep_tile(seed, rows, k0, K, threshold, BM, BK), xt, 0.0)
+            of_columns = splitmix64(seed, k0 // 4, tl.arange(0, BK // 4))
+            xt = tl.where(keep_tile(of_rows, of_columns, threshold, BM, BK), xt, 0.0)
         at = load(a + k[:, None] * sak + j[None, :] * saj, (k < K)[:, None] & (j < J)[None, :], x)
         acc = tl.dot(xt, at, acc, input_precision="ieee")
     tl.store(h + rows[:, None] * shm + j[None, :], (acc * c).to(h.dtype.element_ty),
@@ -105,11 +118,14 @@ def gemm_kernel(x, w, bias, h, b, y, seed, M, N, K, n, sxm, sxk, swn, swk, sbn, 
     acc = tl.zeros((BM, BN), tl.float32)
     if DROPOUT:  # before the loop: a masked product after it would need registers for a second accumulator
         acc = add_update(acc, h, b, x, rows, columns, first, M, n, sbn, sbr, OFFSETS, R, BN, BR)
-        acc = tl.where(keep_tile(seed, rows, first, N, threshold, BM, BN), acc, 0.0)
+        of_columns = splitmix64(seed, first // 4, tl.arange(0, BN // 4))
+        keep = keep_tile(splitmix64(seed, tl.cdiv(N, 4), rows), of_columns, threshold, BM, BN)
+        acc = tl.where(keep, acc, 0.0)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        xt = load(x + rows[:, None] * sxm + k[None, :] * sxk, (rows < M)[:, None] & (k < K)[None, :], x)
-        wt = load(w + k[:, None] * swk + columns.to(tl.int64)[None, :] * swn,
+        xt = load(x + rows[:, None] * sxm + k.to(tl.int64)[None, :] * sxk,
+                  (rows < M)[:, None] & (k < K)[None, :], x)
+        wt = load(w + k.to(tl.int64)[:, None] * swk + columns.to(tl.int64)[None, :] * swn,
                   (k < K)[:, None] & (columns < N)[None, :], x)
         acc = tl.dot(xt, wt, acc, input_precision="ieee")
     if not DROPOUT:  # after the loop: before it, its tiles and the loop's would share the memory
@@ -138,7 +154,7 @@ def expand_kernel(dy, b, h, g, db, M, n, sdm, sdn, sbn, sbr, c, OFFSETS: tl.cons
     acc = tl.zeros((BM, BR), tl.float32)
     for n0 in range(0, n, BN):
         local = n0 + tl.arange(0, BN)
-        dt = load(dy + rows[:, None] * sdm + (offset + local)[None, :] * sdn,
+        dt = load(dy + rows[:, None] * sdm + (offset + local).to(tl.int64)[None, :] * sdn,
                   (rows < M)[:, None] & (local < n)[None, :], dy)
         of_b = (local < n)[:, None] & (r < R)[None, :]
         bt = load(b + (p * n + local)[:, None] * sbn + r[None, :] * sbr, of_b, dy)
@@ -158,11 +174,15 @@ def outer_kernel(x, g, da, seed, M, K, J, sxm, sxk, sgm, threshold, DROPOUT: tl.
     k = first + tl.arange(0, BK)
     j = tl.program_id(2) * BJ + tl.arange(0, BJ)
     acc = tl.zeros((BK, BJ), tl.float32)
+    if DROPOUT:
+        of_columns = splitmix64(seed, first // 4, tl.arange(0, BK // 4))
     for m0 in range(0, CHUNK, BM):
         rows = tl.program_id(1).to(tl.int64) * CHUNK + m0 + tl.arange(0, BM)
-        xt = load(x + rows[:, None] * sxm + k[None, :] * sxk, (rows < M)[:, None] & (k < K)[None, :], x)
+        xt = load(x + rows[:, None] * sxm + k.to(tl.int64)[None, :] * sxk,
+                  (rows < M)[:, None] & (k < K)[None, :], x)
         if DROPOUT:
-            xt = tl.where(keep_tile(seed, rows, first, K, threshold, BM, BK), xt, 0.0)
+            of_rows = splitmix64(seed, tl.cdiv(K, 4), rows)
+            xt = tl.where(keep_tile(of_rows, of_columns, threshold, BM, BK), xt, 0.0)
         gt = load(g + rows[:, None] * sgm + j[None, :], (rows < M)[:, None] & (j < J)[None, :], x)
         acc = tl.dot(tl.trans(xt), gt, acc, input_precision="ieee")
     row = (tl.program_id(1) * J + j).to(tl.int64)
@@ -170,7 +190,7 @@ def outer_kernel(x, g, da, seed, M, K, J, sxm, sxk, sgm, threshold, DROPOUT: tl.
 
 
 # Tiles are fixed, so that a shape always gives the same numbers. They compile for sm_80 and sm_90 within
-# the shared memory and, odd shapes and ranks aside, without spills (tests/test_triton.py).
+# the shared memory and without spills (tests/test_triton.py; with more shapes: python tests/aot.py --all).
 
 def gemm_tiles(dtype: torch.dtype, M: int, N: int, K: int, rank: int, dropout: float) -> dict[str, int]:
     """Smaller where registers are short: for odd shapes, loaded element by element, and the mask."""
@@ -217,7 +237,8 @@ def outer(x: Tensor, g: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     da = x.new_empty(chunks, J, K, dtype=torch.float32)
     outer_kernel[(triton.cdiv(K, BK), chunks, triton.cdiv(J, BJ))](
         x, g, da, seed, M, K, J, *x.stride(), g.stride(0), threshold(dropout), DROPOUT=dropout > 0,
-        CHUNK=CHUNK, BM=BM, BK=BK, BJ=BJ, num_warps=8 if wide else 4, num_stages=2 if wide else 3)
+        CHUNK=CHUNK, BM=BM, BK=BK, BJ=BJ, num_warps=8 if wide or BJ == 64 else 4,
+        num_stages=2 if wide else 3)
     return da.sum(0)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ def test_against_float64(dtype: torch.dtype, name: str, dropout: float) -> None:
 
 @pytest.mark.parametrize("rows, columns", [(33, 7), (20, 301), (1, 1)])
 def test_masks_are_the_same_bits(rows: int, columns: int) -> None:
-    """PyTorch's are checked against SplitMix64 itself in test_kernels.py; made on the CPU here, as on a GPU
+    """PyTorch's are checked against Python's numbers in test_kernels.py; made on the CPU here, as on a GPU
     keep_mask is the Triton kernel."""
     seed = torch.tensor(2**63 - 12345)
     for rate in (0.1, 0.5):
@@ -134,6 +135,30 @@ def test_empty_batches(leading: tuple[int, ...]) -> None:
     assert y.shape == (*leading, 90)
     y.sum().backward()
     assert not A.grad.any() and not B.grad.any() and given["x"].grad.shape == (*leading, 50)
+
+
+@pytest.mark.parametrize("rank", [5, 40])  # both ways of making g and dB
+def test_offsets_beyond_32_bits(tmp_path: Path, rank: int) -> None:
+    """x, dy and the weight column after column in 10 GB of memory, without a GPU in a file with holes. They
+    begin in its middle, so that an offset cut to 32 bits would find zeros."""
+    size = 5 * 10**9
+    memory = (torch.zeros(size, device=DEVICE, dtype=torch.float16) if DEVICE.type == "cuda" else
+              torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=torch.float16))
+    M, K, N = 3, 40, 40
+
+    def far(rows: int, columns: int, place: int) -> Tensor:
+        view = memory.as_strided((rows, columns), (1, 2**26), 2**31 + place)
+        assert view.stride(1) * (columns - 1) > 2**31
+        return view.copy_(torch.randn(rows, columns, generator=torch.Generator().manual_seed(place)))
+
+    x, dy, weight = far(M, K, 0), far(M, N, 100), far(N, K, 200)
+    A, B = torch.randn(rank, K, device=DEVICE), torch.randn(N, rank, device=DEVICE)
+    seed, results = torch.tensor(7, device=DEVICE), []
+    for given in ((x, dy, weight), (x.contiguous(), dy.contiguous(), weight.contiguous())):
+        a, d, w = given
+        y, h = triton_kernels.forward(a, w, None, A, B, [0], 2.0, 0.5, seed)
+        results.append([y, *triton_kernels.backward(d, a, w, A, B, h, [0], 2.0, 0.5, seed, True)])
+    assert all(map(torch.equal, *results)) and all(one.any() for one in results[0])
 
 
 SMALL = GPTConfig(vocab_size=61, n_positions=32, n_embd=16, n_layer=1, n_head=2, eos_token_id=0)
