@@ -6,15 +6,18 @@ is launched eagerly and, on a GPU, replayed from a CUDA graph. Random inputs com
 than the cache, rows take turns sample by sample, and warm-up is apart. Shares are those of the ceilings
 measured in the same run: arithmetic, and the bytes that any implementation must move (the tensors of the two
 frozen products, and x once more for dA). The last line is one JSON object.
+
+On a CPU the whole takes hours: the third line says how many at least. --shapes, --tokens and --ranks choose.
 """
 
 import importlib.util
 import itertools
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from .machine import DEVICES, DTYPES, choose_device, choose_dtype, machine_name,
 from .options import Parser, add_options, option, resolve
 
 SCALE = 2.0
+RING = 256  # layers at most: those of a tiny shape stay in the cache, and are not worth minutes
 NAMES = {"frozen": "frozen linear", "eager": "eager, as loralib", "function": "Function + addmm",
          "compile": "torch.compile", "peft": "PEFT's layer", "triton": "Triton"}
 
@@ -36,8 +40,9 @@ NAMES = {"frozen": "frozen linear", "eager": "eager, as loralib", "function": "F
 class KernelOptions:
     quick: bool = option(False, "two shapes of GPT-2, 2,048 tokens, rank 8, without torch.compile: under two "
                                 "minutes on a CPU")
-    shapes: str = option("768x768,768x2304,768x3072,3072x768,1024x1024,1280x1280,1600x1600,1600x6400,"
-                         "4096x4096,4096x11008", "inputs x outputs of the layers")
+    shapes: str = option("768x768,768x2304/qkv,768x2304/qv,768x3072,3072x768,1024x1024,1280x1280,1600x1600,"
+                         "1600x6400,4096x4096,4096x11008", "inputs x outputs of the layers; /qv: a fused "
+                         "matrix of three, of which q and v are adapted")
     tokens: str = option("512,2048,8192,16384", "tokens of a batch")
     ranks: str = option("8,16,64", "ranks of the update")
     dropouts: str = option("0,0.1", "dropout on the update's input")
@@ -53,12 +58,23 @@ class Case:
     M: int
     rank: int
     dropout: float
+    parts: str = ""
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        return tuple("qkv".index(part) * self.n for part in self.parts) or (0,)
+
+    @property
+    def n(self) -> int:
+        return self.N // 3 if self.parts else self.N
 
     def work(self, row: str, item: int) -> tuple[int, int]:
         """The FLOPs and the least bytes of a forward and backward pass, by a row's task."""
-        M, N, K, r = self.M, self.N, self.K, self.rank
+        M, N, K, r = self.M, self.N, self.K, self.rank * len(self.offsets)
         flops, nbytes = 4 * M * N * K, 2 * item * (M * K + M * N + N * K)
-        return (flops, nbytes) if row == "frozen" else (flops + 6 * M * r * (K + N), nbytes + item * M * K)
+        if row == "frozen":
+            return flops, nbytes
+        return flops + 6 * M * r * (K + self.n), nbytes + item * M * K
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -70,21 +86,30 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def make_ring(case: Case, dtype: torch.dtype, device: torch.device, nbytes: int) -> list[dict[str, Tensor]]:
-    """Layers with their inputs, together at least `nbytes`: equal random values, each at its own place."""
+    """Layers with their inputs, together at least `nbytes`, but no more than RING: equal random values, each
+    at its own place."""
     sizes = {"x": (case.M, case.K), "dy": (case.M, case.N), "weight": (case.N, case.K), "bias": (case.N,)}
     first = {name: torch.randn(size, device=device).to(dtype) for name, size in sizes.items()}
     first["weight"] /= math.sqrt(case.K)
-    A, B = torch.randn(case.rank, case.K, device=device), torch.randn(case.N, case.rank, device=device)
+    P = len(case.offsets)
+    A, B = (torch.randn(size, device=device) for size in ((P * case.rank, case.K), (P * case.n, case.rank)))
     first |= {"A": A / math.sqrt(case.K), "B": B / 10}  # in fp32, as they train here
     first |= {"a": first["A"].to(dtype), "b": first["B"].to(dtype)}  # as loralib and PEFT would have them
-    count = max(2, math.ceil(nbytes / sum(t.nbytes for t in first.values())))
+    count = min(max(2, math.ceil(nbytes / sum(t.nbytes for t in first.values()))), RING)
     return [{name: t.clone().requires_grad_(name in "xABab") for name, t in first.items()}
             for _ in range(count)]
 
 
-def eager(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
-    """loralib's forward (layers.py, Linear)."""
-    return F.linear(x, weight, bias) + (F.dropout(x, dropout) @ a.T @ b.T) * SCALE
+def eager(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, dropout: float,
+          offsets: tuple[int, ...]) -> Tensor:
+    """loralib's forward (layers.py: Linear, and for parts MergedLinear, whose zero_pad this is)."""
+    y, h = F.linear(x, weight, bias), F.dropout(x, dropout) @ a.T
+    if len(b) == len(weight) and len(offsets) == 1:
+        return y + (h @ b.T) * SCALE
+    update = torch.zeros_like(y)
+    for start, h_part, part in zip(offsets, h.chunk(len(offsets), 1), b.chunk(len(offsets)), strict=True):
+        update[:, start : start + len(part)] = h_part @ part.T
+    return y + update * SCALE
 
 
 def peft_layers(ring: list[dict[str, Tensor]], case: Case) -> dict[int, torch.nn.Module]:
@@ -115,14 +140,14 @@ def implementations(case: Case, ring: list[dict[str, Tensor]], names: list[str]
         if row == "frozen":
             return F.linear(x, weight, bias), [x]
         if row in ("eager", "compile"):
-            call = eager if row == "eager" else compiled
-            return call(x, weight, bias, layer["a"], layer["b"], case.dropout), [x, layer["a"], layer["b"]]
+            call, a, b = eager if row == "eager" else compiled, layer["a"], layer["b"]
+            return call(x, weight, bias, a, b, case.dropout, case.offsets), [x, a, b]
         if row == "peft":
             module = peft_made[id(layer)]
             return module(x), [x, module.lora_A["default"].weight, module.lora_B["default"].weight]
         kernel = "triton" if row == "triton" else "torch"
         A, B = layer["A"], layer["B"]
-        return lora_linear(x, weight, bias, A, B, SCALE, dropout=case.dropout, kernel=kernel), [x, A, B]
+        return lora_linear(x, weight, bias, A, B, SCALE, case.offsets, case.dropout, kernel), [x, A, B]
 
     def step(row: str) -> Callable[[dict[str, Tensor]], Any]:
         def run(layer: dict[str, Tensor]) -> None:
@@ -213,7 +238,7 @@ def rows_here(options: KernelOptions, device: torch.device) -> tuple[list[str], 
 def verdicts(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Wins and losses, one line for each pair of implementations."""
     def speeds(row: str, launch: str) -> dict[tuple, float]:
-        return {tuple(r[name] for name in ("K", "N", "M", "rank", "dropout")): 1 / r["ms"] for r in rows
+        return {tuple(r[field.name] for field in fields(Case)): 1 / r["ms"] for r in rows
                 if (r["row"], r["launch"]) == (row, launch)}
 
     pairs = (("function", "eager"), ("function", "compile"), ("function", "peft"), ("triton", "function"))
@@ -227,10 +252,12 @@ def verdicts(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def table_lines(rows: list[dict[str, Any]], device: torch.device, dtype: str) -> Iterator[str]:
-    """Lines for TRITON_WINS in minift/kernels.py: the tokens from which on Triton won at every count."""
+    """Lines for TRITON_WINS in minift/kernels.py: the tokens from which on Triton won at every count. What
+    counts is how many parts there are, not which."""
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         name, r = torch.cuda.get_device_name(device), row
-        return (name, dtype, r["K"], r["N"], 1, r["rank"], r["dropout"] > 0)
+        parts, n = (len(r["parts"]), r["N"] // 3) if r["parts"] else (1, r["N"])
+        return (name, dtype, r["K"], r["N"], parts, n, r["rank"], r["dropout"] > 0)
 
     measured = sorted((r for r in rows if (r["row"], r["launch"]) == ("triton", "eager")),
                       key=lambda r: (key(r), -r["M"]))
@@ -259,13 +286,14 @@ def bench_kernels(arguments: list[str]) -> None:
     options, _ = resolve(KernelOptions, args, small if args.quick else {})
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    shapes = [numbers(shape.replace("x", ","), int, 1) for shape in options.shapes.split(",")]
-    if any(len(shape) != 2 for shape in shapes) or options.samples < 1:
+    shapes = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:/(q?k?v?))?", text)
+              for text in options.shapes.split(",")]
+    if not all(shapes) or any(s[3] and int(s[2]) % 3 for s in shapes) or options.samples < 1:
         raise UserError(f"--shapes {options.shapes} --samples {options.samples}: shapes are INPUTSxOUTPUTS, "
-                        "and samples at least 1")
+                        "or INPUTSxOUTPUTS/qv for parts of three equal ones, and samples at least 1")
     tokens, ranks = numbers(options.tokens, int, 1), numbers(options.ranks, int, 1)
-    cases = [Case(K, N, M, rank, dropout) for (K, N), M, rank, dropout in itertools.product(
-        shapes, tokens, ranks, numbers(options.dropouts, float, 0))]
+    cases = [Case(int(s[1]), int(s[2]), M, rank, dropout, s[3] or "") for s, M, rank, dropout in
+             itertools.product(shapes, tokens, ranks, numbers(options.dropouts, float, 0))]
     if max(case.dropout for case in cases) >= 1:
         raise UserError(f"--dropouts {options.dropouts}: all below 1")
     torch.manual_seed(0)
@@ -279,12 +307,18 @@ def bench_kernels(arguments: list[str]) -> None:
           f"{ceilings['bytes_per_second'] / 1e9:.3g} GB/s; inputs rotate through "
           f"{facts['ring_bytes'] / 2**20:.0f} MiB")
     print("\n".join(missing))
+    if device.type == "cpu":
+        flops = sum(case.work("function", dtype.itemsize)[0] for case in cases)
+        least = flops * len(names) * (options.samples + 3) / ceilings["flops_per_second"]
+        print(f"{len(cases)} cases, at least {least / 60:.1f} minutes")
     rows = []
     for case in cases:
-        print(f"\n{case.K} x {case.N}, {case.M:,} tokens, rank {case.rank}, dropout {case.dropout:g}\n")
+        print(f"\n{case.K} x {case.N}{'/' if case.parts else ''}{case.parts}, {case.M:,} tokens, rank "
+              f"{case.rank}, dropout {case.dropout:g}\n")
         print("| implementation    | launch |       ms, min to max | / frozen | / Function | FLOPs | bytes |")
         print("|-------------------|--------|---------------------:|---------:|-----------:|------:|------:|")
-        for row in measure(case, names, options, device, dtype, ceilings):
+        here = [name for name in names if name != "peft" or not case.parts]  # PEFT adapts no part of a matrix
+        for row in measure(case, here, options, device, dtype, ceilings):
             rows.append(row)
             spread = f"{row['ms']:.3f}, {row['ms_min']:.3f} to {row['ms_max']:.3f}"
             print(f"| {NAMES[row['row']]:17} | {row['launch']:6} | {spread:>21} | "

@@ -24,9 +24,9 @@ from .errors import UserError
 
 KERNELS = ("auto", "triton", "torch")
 # Where the Triton kernels were measured to beat PyTorch, forward and backward together: {(GPU, dtype, K, N,
-# parts, rank, with dropout): from how many tokens on}, as `python -m minift.bench kernels` prints it. No GPU
-# was measured yet, so `auto` is PyTorch everywhere.
-TRITON_WINS: dict[tuple[str, str, int, int, int, int, bool], int] = {}
+# parts, n, rank, with dropout): from how many tokens on}, as `python -m minift.bench kernels` prints it. No
+# GPU was measured yet, so `auto` is PyTorch everywhere.
+TRITON_WINS: dict[tuple[str, str, int, int, int, int, int, bool], int] = {}
 
 
 def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float,
@@ -77,9 +77,9 @@ def splitmix64(count: int, seed: Tensor) -> Tensor:
 
 def random_bits(x: Tensor, seed: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """16 random bits for each element of x (M, K), as int16: some rows at a time, together with which. On a
-    CPU they stay in the cache until they are used."""
+    CPU they stay in the threads' caches until they are used: each makes half a megabyte."""
     (M, K), words = x.shape, (x.shape[1] + 3) // 4
-    pieces = math.ceil(M * words / 65536) if x.device.type == "cpu" else 1
+    pieces = math.ceil(M * words / (65536 * torch.get_num_threads())) if x.device.type == "cpu" else 1
     rows = math.ceil(M / max(pieces, 1))
     of_columns, of_rows = splitmix64(words + M, seed).split([words, M])
     z = torch.empty(rows, words, dtype=torch.int64, device=x.device)
@@ -138,11 +138,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
             scale: float, dropout: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """y (M, N) and h = drop(x) A^T (M, parts * r); drop's 1 / (1 - dropout) goes into the scale.
 
-    Here and in `backward` h and g lie column after column and B's transpose row after row: as thin as they
-    are, on a CPU that makes their products up to seven times as fast, the gradient of B's in fp32 the most.
+    Here and in `backward` h, g and dB lie column after column: as thin as they are, on a CPU that makes their
+    products up to seven times as fast, that for dB in fp32 the most.
     """
-    a, parts = A.to(x.dtype), len(offsets)
-    bT = B.T.to(x.dtype, memory_format=torch.contiguous_format)
+    a, bT, parts = A.to(x.dtype), B.to(x.dtype).T, len(offsets)
     y = F.linear(x, weight, bias)
     h = (a @ (dropped([x], dropout, seed)[0] if dropout else x).T).T
     for start, h_part, bT_part in zip(offsets, h.chunk(parts, 1), bT.chunk(parts, 1), strict=True):
@@ -154,23 +153,21 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Ten
              scale: float, dropout: float, seed: Tensor | None, need_dx: bool
              ) -> tuple[Tensor | None, Tensor, Tensor]:
     """dx (M, K) if it is needed, dA and dB."""
-    a, parts, s = A.to(x.dtype), len(offsets), scale / (1 - dropout)
-    bT = B.T.to(x.dtype, memory_format=torch.contiguous_format)
-    g, dB = torch.empty_like(h), torch.empty_like(bT)
-    for start, g_part, h_part, bT_part, dB_part in zip(offsets, g.chunk(parts, 1), h.chunk(parts, 1),
-                                                       bT.chunk(parts, 1), dB.chunk(parts, 1), strict=True):
+    a, bT, parts, s = A.to(x.dtype), B.to(x.dtype).T, len(offsets), scale / (1 - dropout)
+    g, dBT = torch.empty_like(h), bT.new_empty(bT.shape)
+    for start, g_part, h_part, bT_part, dBT_part in zip(offsets, g.chunk(parts, 1), h.chunk(parts, 1),
+                                                        bT.chunk(parts, 1), dBT.chunk(parts, 1), strict=True):
         dy_part = dy[:, start : start + bT_part.shape[1]]
         torch.mm(bT_part, dy_part.T, out=g_part.T)
-        dB_part.copy_((h_part.T @ dy_part).mul_(s))
-    update = g @ a if need_dx and dropout else None
+        torch.mm(h_part.T, dy_part, out=dBT_part)
     if dropout:
-        x, *update = dropped([x] if update is None else [x, update], dropout, seed)
-    dA = (g.T @ x).mul_(s)  # (parts * r, K)
+        x, *update = dropped([x, g @ a] if need_dx else [x], dropout, seed)
+    dA = g.T @ x  # (parts * r, K)
     dx = None
     if need_dx:
         dx = dy @ weight
         dx = dx.add_(update[0], alpha=s) if dropout else dx.addmm_(g, a, alpha=s)
-    return dx, dA.to(A.dtype), dB.T.to(B.dtype)
+    return dx, dA.mul_(s).to(A.dtype), dBT.mul_(s).T.to(B.dtype)
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -232,13 +229,13 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def triton_wins(x: Tensor, weight: Tensor, A: Tensor, parts: int, dropout: float) -> bool:
+def triton_wins(x: Tensor, weight: Tensor, B: Tensor, parts: int, dropout: float) -> bool:
     """Whether the Triton kernels can run and were measured to be the faster for these shapes."""
     if not TRITON_WINS or not x.is_cuda or triton_fault(x.device):
         return False
     N, K = weight.shape
-    dtype = str(x.dtype).removeprefix("torch.")
-    from_tokens = TRITON_WINS.get((device_name(x.device), dtype, K, N, parts, len(A) // parts, dropout > 0))
+    dtype, n, rank = str(x.dtype).removeprefix("torch."), len(B) // parts, B.shape[1]
+    from_tokens = TRITON_WINS.get((device_name(x.device), dtype, K, N, parts, n, rank, dropout > 0))
     return from_tokens is not None and len(x) >= from_tokens
 
 
@@ -254,7 +251,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     fp32, bf16 or fp16.
     """
     flat = x.reshape(-1, x.shape[-1])  # (..., K) -> (M, K)
-    triton = kernel == "triton" or kernel == "auto" and triton_wins(flat, weight, A, len(offsets), dropout)
+    triton = kernel == "triton" or kernel == "auto" and triton_wins(flat, weight, B, len(offsets), dropout)
     seed = torch.randint(2**63 - 1, (), device=x.device) if dropout else None
     y = LowRankLinear.apply(flat, weight, bias, A, B, offsets, scale, dropout, seed, triton)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -209,17 +209,17 @@ def test_auto_goes_by_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses import FakeTensorMode
     monkeypatch.setattr(kernels, "triton_fault", lambda device: None)
     monkeypatch.setattr(kernels, "device_name", lambda device: "some GPU")
-    monkeypatch.setattr(kernels, "TRITON_WINS", {("some GPU", "bfloat16", 64, 192, 2, 8, True): 100})
+    monkeypatch.setattr(kernels, "TRITON_WINS", {("some GPU", "bfloat16", 64, 192, 2, 64, 8, True): 100})
 
-    def wins(M: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, r: int = 8, p: float = 0.1
-             ) -> bool:
+    def wins(M: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, r: int = 8, p: float = 0.1,
+             parts: int = 2, n: int = 64) -> bool:
         with FakeTensorMode():
             x, weight = (torch.empty(rows, 64, dtype=dtype, device=device) for rows in (M, 192))
-            return kernels.triton_wins(x, weight, torch.empty(2 * r, 64, device=device), 2, p)
+            return kernels.triton_wins(x, weight, torch.empty(parts * n, r, device=device), parts, p)
 
     assert wins(100) and wins(5000)
     assert not (wins(99) or wins(100, device="cpu") or wins(100, dtype=torch.float16) or wins(100, r=4)
-                or wins(100, p=0.0))
+                or wins(100, p=0.0) or wins(100, parts=3) or wins(100, n=96))
     monkeypatch.setattr(kernels, "triton_fault", lambda device: "too old")
     assert not wins(100)
 
