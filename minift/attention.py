@@ -3,14 +3,14 @@
 Letters in shape comments: N tokens of all rows, B rows, T the longest row, C = n_embd, nh heads, hs = C / nh.
 """
 
-from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import keep_mask
+from . import kernels
 
 # On a CPU, oneDNN compiles a kernel for each shape of a product and keeps it. Numbers of tokens are rounded
 # up to multiples of this one, so that ragged rows make few shapes.
@@ -24,19 +24,12 @@ class Rows:
     and nothing may depend on it."""
 
     def __init__(self, lengths: list[int], most: int, device: torch.device):
-        self.lengths = lengths
         self.B, self.T = len(lengths), min(max(lengths) + -max(lengths) % MULTIPLE, most)
-        self.starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)  # of each row, in N
+        self.slices = [slice(end - n, end) for n, end in zip(lengths, accumulate(lengths), strict=True)]
+        self.starts = torch.tensor([row.start for row in self.slices], device=device)  # of each row, in N
+        self.real = self.slices[-1].stop
         places = [torch.arange(n) + row * self.T for row, n in enumerate(lengths)]
-        self.real = sum(lengths)
         self.places = F.pad(torch.cat(places), (0, -self.real % MULTIPLE)).to(device)  # (N,), in (B T)
-
-    def slices(self) -> Iterator[slice]:
-        """Each row's tokens in N."""
-        start = 0
-        for n in self.lengths:
-            yield slice(start, start + n)
-            start += n
 
     def flat(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (N, ...)."""
@@ -80,7 +73,7 @@ class ChunkedAttention(torch.autograd.Function):
             flat = rows.flat(y)
         else:
             flat = qkv.new_zeros(len(qkv), qkv.shape[1] // 3)
-            for one in rows.slices():
+            for one in rows.slices:
                 flat[one] = attend(qkv[None, one], n_head, scale, dropout, moved(seed, one.start))[0]
         ctx.save_for_backward(qkv, seed, kept)
         return flat
@@ -95,7 +88,7 @@ class ChunkedAttention(torch.autograd.Function):
             dqkv[rows.real :] = 0  # what fills N up
         else:
             dqkv = torch.zeros_like(qkv)
-            for one in rows.slices():
+            for one in rows.slices:
                 dqkv[one] = attend_backward(dy[None, one], qkv[None, one], None, n_head, scale, dropout,
                                             moved(seed, one.start))
         return dqkv, None, None, None, None, None
@@ -117,22 +110,21 @@ def attend(qkv: Tensor, n_head: int, scale: float, dropout: float, seed: Tensor 
 def attend_backward(dy: Tensor, qkv: Tensor, kept: Tensor | None, n_head: int, scale: float, dropout: float,
                     seed: Tensor | None) -> Tensor:
     """dy (B, T, C) -> dqkv (B, T, 3C); `kept` are the probabilities, or None to make them again."""
-    (B, T, _), (q, k, v) = qkv.shape, (part.flatten(0, 1) for part in split_heads(qkv, n_head))
+    T, (q, k, v) = qkv.shape[1], (part.flatten(0, 1) for part in split_heads(qkv, n_head))
     dy = dy.unflatten(2, (n_head, -1)).transpose(1, 2).flatten(0, 1)  # (B nh, T, hs)
     sums = qkv.dtype if T <= CHUNK else torch.promote_types(qkv.dtype, torch.float32)
-    dq, dk, dv = (torch.zeros_like(k, dtype=sums) for _ in range(3))
+    dqkv = torch.zeros_like(qkv, dtype=sums)
+    dq, dk, dv = split_heads(dqkv, n_head)  # (B, nh, T, hs)
     for start in range(0, T, CHUNK):
         end = min(start + CHUNK, T)
         weights = probabilities(q, k, start, end, scale) if kept is None else kept
-        dv[:, :end] += dropped(weights, dropout, moved(seed, start)).transpose(1, 2) @ dy[:, start:end]
+        left = dropped(weights, dropout, moved(seed, start))
+        dv[:, :, :end] += (left.transpose(1, 2) @ dy[:, start:end]).view_as(dv[:, :, :end])
         dweights = dropped(dy[:, start:end] @ v[:, :end].transpose(1, 2), dropout, moved(seed, start))
         dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(scale)
-        dq[:, start:end] = dscores @ k[:, :end]
-        dk[:, :end] += dscores.transpose(1, 2) @ q[:, start:end]
-    dqkv = torch.empty_like(qkv)
-    for part, grad in zip(split_heads(dqkv, n_head), (dq, dk, dv), strict=True):
-        part.copy_(grad.unflatten(0, (B, n_head)))
-    return dqkv
+        dq[:, :, start:end] = (dscores @ k[:, :end]).view_as(dq[:, :, start:end])
+        dk[:, :, :end] += (dscores.transpose(1, 2) @ q[:, start:end]).view_as(dk[:, :, :end])
+    return dqkv.to(qkv.dtype)
 
 
 def probabilities(q: Tensor, k: Tensor, start: int, end: int, scale: float) -> Tensor:
@@ -150,4 +142,4 @@ def dropped(weights: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """`weights` after dropout; the same elements fall out whenever the seed is the same."""
     if not dropout:
         return weights
-    return weights * keep_mask(weights.flatten(0, 1), dropout, seed).view_as(weights) / (1 - dropout)
+    return kernels.dropped([weights.flatten(0, 1)], dropout, seed)[0].view_as(weights) / (1 - dropout)
