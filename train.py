@@ -241,16 +241,6 @@ def train(model: GPT, asked: Config, rows: dict[str, list[Example]], folder: Pat
     return progress
 
 
-def load_base(options: TrainOptions) -> GPT:
-    """The untouched base, as it is scored."""
-    device = choose_device(options.device)
-    base = weights.load(options.model)
-    base.requires_grad_(False)
-    base.set_compute_dtype(choose_dtype(options.dtype, device))
-    parallel.place(base, device, options.shard)
-    return base
-
-
 def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str | None,
          score_base: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
     """One run, from the untouched base to result.json; `score_base` gives the base's scores on the same rows,
@@ -307,9 +297,11 @@ def main(arguments: list[str]) -> None:
     if options.plan:
         print(plan.report(asked, prepare, make_optimizer, train_step, widest_batch))
         return
-    base = load_base(options)
-    print(f"base {base.folder}: {sum(p.numel() for p in base.parameters()):,} parameters, on {base.device} "
-          f"in {str(base.compute_dtype).removeprefix('torch.')}")
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    base = weights.load(options.model)
+    print(f"base {base.folder}: {sum(p.numel() for p in base.parameters()):,} parameters, on {device} in "
+          f"{str(dtype).removeprefix('torch.')}")
     config.check_modes(asked, base)
     room = base.config.n_positions - max(one.prompt_tokens for one in asked.values())
     limits = {"train": None, "val": options.val_rows, "test": options.test_rows}
@@ -322,6 +314,14 @@ def main(arguments: list[str]) -> None:
     general = data.read_text(options.general) if options.general else None
     if general is not None and len(data.tokenize(base.tokenizer, [general[:1000]])[0]) < 2:
         raise UserError(f"--general {options.general} holds fewer than two tokens: there is nothing to score")
+
+    @functools.cache
+    def score_base() -> dict[str, Any]:  # asked for when the first run is over: training begins at once
+        untouched = weights.load(options.model)
+        untouched.requires_grad_(False)
+        untouched.set_compute_dtype(dtype)
+        parallel.place(untouched, device, options.shard)
+        return metrics.score(untouched, rows["test"], options.batch, options.max_new_tokens, general)
 
     out = parallel.from_first(lambda: Path(options.out) if options.out else
                               run.next_free(Path("runs") / options.mode.replace(",", "-")))
@@ -336,12 +336,6 @@ def main(arguments: list[str]) -> None:
                 config.save(folders[mode], one)
         shape = weights.blank(base.folder)
         del base
-
-        @functools.cache
-        def score_base() -> dict[str, Any]:  # when the first run is over, so that training begins at once
-            untouched = load_base(options)
-            return metrics.score(untouched, rows["test"], options.batch, options.max_new_tokens, general)
-
         again = several and options.resume
         done = parallel.from_first(
             lambda: {mode: checkpoint.finished(folders[mode]) if again else None for mode in asked})

@@ -54,11 +54,12 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    lengths = [len(prompt) for prompt in prompts]
+    following = torch.tensor(lengths, device=device)  # the position of each row's next token, in its ids
     cache = KVCache(model.config, len(prompts), P + longest + max_new_tokens, model.compute_dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
-    ends = torch.arange(len(prompts), device=device) * longest + lengths - 1
-    last = model.hidden(ids.to(device), [len(prompt) for prompt in prompts], ends, cache)  # (B, C)
+    ends = torch.arange(len(prompts), device=device) * longest + following - 1
+    last = model.hidden(ids.to(device), lengths, ends, cache)  # (B, C)
     new, running = [[] for _ in prompts], [True] * len(prompts)
     for step in range(max_new_tokens):
         tokens = next_tokens(model.logits(last), temperature, top_k, top_p, generator)
@@ -68,6 +69,6 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
                 new[row].append(token)
         if not any(running) or step == max_new_tokens - 1:
             break
-        last = model.hidden(tokens[:, None], cache=cache, positions=P + lengths + step)[:, 0]
+        last = model.hidden(tokens[:, None], cache=cache, positions=P + following + step)[:, 0]
     model.train(was_training)
     return new

@@ -117,14 +117,14 @@ def make_dropped(tensors: list[Tensor], dropout: float, seed: Tensor) -> list[Te
     if tensors[0].device.type != "cpu":
         keep = make_keep_mask(tensors[0], dropout, seed)
         return [x * keep for x in tensors]
-    dropped = [torch.empty_like(x) for x in tensors]
+    outs = [torch.empty_like(x) for x in tensors]
     compared = torch.int16 if tensors[0].itemsize == 2 else tensors[0].dtype  # bf16 would round the bits
     for rows, values in random_bits(tensors[0], seed):
         values = values.to(compared)
-        for x, out in zip(tensors, dropped, strict=True):
+        for x, out in zip(tensors, outs, strict=True):
             torch.ops.aten.threshold_backward.grad_input(
                 x.view(compared)[rows], values, threshold(dropout), grad_input=out.view(compared)[rows])
-    return dropped
+    return outs
 
 
 # dropped(tensors, dropout, seed): tensors of one shape (M, K) with zeros where keep_mask says no, not scaled.

@@ -83,9 +83,9 @@ def taken(live: int, device: torch.device) -> int:
 
 
 def page_out(tensor: torch.Tensor) -> None:
-    """Let a tensor that is mapped from a file leave memory until it is read again. On Linux; no harm is done
-    to any other memory."""
-    if sys.platform == "linux":
+    """Let a tensor that is mapped from a file leave memory until it is read again, on Linux. Memory of
+    torch's own stays: it would be written to the swap space."""
+    if sys.platform == "linux" and not tensor.untyped_storage().resizable():
         begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         nbytes = tensor.data_ptr() + tensor.nbytes - begin
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(nbytes), MADV_PAGEOUT)

@@ -141,12 +141,9 @@ def general_loss(model: GPT, text: str, batch: int) -> float:
     model.eval()
     loss = 0.0
     for start in range(0, len(rows), batch):
-        some = rows[start : start + batch]
-        padded = torch.full((len(some), max(map(len, some))), IGNORE)
-        for i, row in enumerate(some):
-            padded[i, : len(row)] = torch.tensor(row)
-        padded = padded.to(model.device)
-        loss += model.loss(padded[:, :-1].clamp(min=0), padded[:, 1:], [len(row) - 1 for row in some]).item()
+        some = [Example(row, 1, None) for row in rows[start : start + batch]]  # all but the first are targets
+        inputs, targets, lengths = collate(some, pad_id=0)
+        loss += model.loss(inputs.to(model.device), targets, lengths).item()
     model.train(was_training)
     return loss / (len(ids) - 1)
 

@@ -210,7 +210,7 @@ class GPT(nn.Module):
     `prompt` is the place where a soft prompt goes: a module whose `weight` is (P, C), put before every row.
     `dropout` is GPT-2's embedding, attention and residual dropout while training; 0 until somebody sets it.
     `checkpoint` trades time for memory: a block's activations are computed again in the backward pass.
-    `by_row` lists the layers that compute otherwise in each row; they are told each token's, `token_rows`.
+    `by_row` lists the layers that compute otherwise in each row; `begin` tells them the row of each token.
     `compute_dtype` is what activations are made in; see `set_compute_dtype`. `tokenizer`, `folder` and
     `fingerprint` say where the weights came from; weights.load sets them.
     """
@@ -248,8 +248,9 @@ class GPT(nn.Module):
         self.compute_dtype = dtype
         for parameter in self.parameters():
             wanted = torch.float32 if parameter.requires_grad else dtype
-            if parameter.requires_grad or parameter.dtype != wanted:  # else it may stay mapped from its file,
-                parameter.data = parameter.data.to(wanted).contiguous()  # with matrices the other way round
+            # what neither trains nor changes may stay mapped from its file, with matrices the other way round
+            if parameter.requires_grad or parameter.dtype != wanted:
+                parameter.data = parameter.data.to(wanted).contiguous()
 
     def share(self) -> "GPT":
         """A second model on this one's weights, frozen, of which nothing is copied. A mode can be applied to
@@ -284,10 +285,10 @@ class GPT(nn.Module):
         is (B, 1) and each row goes on at its own position. Raises UserError when a row does not fit into the
         model's positions.
         """
-        P, (B, T), rows = self.prompt_tokens, ids.shape, None
+        P, (B, T) = self.prompt_tokens, ids.shape
         if positions is not None:
             x = self.wte(ids[:, 0]) + self.wpe(positions)  # (B, C)
-            token_rows = torch.arange(B, device=self.device)
+            rows, inner, token_rows = None, None, torch.arange(B, device=self.device)
         else:
             if P + T > self.config.n_positions:
                 soft = f" and {P} of the soft prompt" if P else ""
@@ -303,18 +304,16 @@ class GPT(nn.Module):
             inner = rows.starts[every // T] + P + every % T  # counted in N
             token_rows = rows.places // rows.T  # (N,)
         for layer in self.by_row:
-            layer.token_rows = token_rows
+            layer.begin(B, token_rows)
         dropout = self.dropout if self.training else 0.0
         x = F.dropout(x.to(self.compute_dtype), dropout)
         for block in self.h:
-            last = inner if rows is not None and block is self.h[-1] and not self.by_row else None
+            last = inner if block is self.h[-1] and not self.by_row else None
             if self.checkpoint and self.training:
                 x = checkpoint(block, x, rows, dropout, cache, positions, last, use_reentrant=False)
             else:
                 x = block(x, rows, dropout, cache, positions, last)
-        if rows is not None and self.by_row:
-            x = pick(x, inner)
-        x = self.ln_f(x)
+        x = self.ln_f(pick(x, inner) if self.by_row else x)
         return x.view(B, T, -1) if wanted is None else x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -47,9 +47,9 @@ def processes() -> Iterator[None]:
         with contextlib.suppress(RuntimeError):  # the store is gone too
             if store.add("told", 1) > 1:
                 sys.stderr = open(os.devnull, "w")
-        code = 2 if isinstance(error, UserError) or out_of_memory(error) else 1
-        atexit.register(leave, 130 if isinstance(error, KeyboardInterrupt) else code)  # once it is told
-        raise
+        told = isinstance(error, UserError) or out_of_memory(error)
+        atexit.register(leave, 130 if isinstance(error, KeyboardInterrupt) else 2 if told else 1)
+        raise  # run_script says what happened, and the interpreter begins to end
     leave(code or 0)
 
 

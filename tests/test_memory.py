@@ -6,6 +6,8 @@ import sys
 import pytest
 from scripts import ROOT
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux",
+                                reason="only Linux tells a process's peak anew for every step")
 STEP = """
 import sys
 import torch
@@ -41,7 +43,6 @@ def taken(lengths: str, targets: int) -> float:
     return int(done.stdout) / 2**20
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak anew for every step")
 def test_long_rows_with_gpt2s_vocabulary() -> None:
     """8 rows of 1,024 tokens, every one a target: their logits alone would be 1,570 MiB in fp32, and their
     gradient as much again. A chunk of 512 tokens has 98 MiB of logits; the gradient of the embedding, which
@@ -49,7 +50,6 @@ def test_long_rows_with_gpt2s_vocabulary() -> None:
     assert taken("[1024] * 8", 1023) < 500
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak anew for every step")
 def test_padding_takes_no_memory() -> None:
     """One long row among short ones: padded, the batch would have 25 times as many tokens."""
     ragged, padded = taken("[1024] + [9] * 31", 5), taken("[1024] * 32", 5)

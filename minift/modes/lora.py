@@ -284,13 +284,13 @@ class MixedLinear(Linear):
     """A linear layer in which each row of a batch uses its own of F updates, or none (-1).
 
     A: (F, R, in), B: (F, R, out) with the scale in it; R is the largest rank, and the rest zero. `files` (B,)
-    says which a row uses; GPT.hidden sets `token_rows` (N,), the row that each token belongs to.
+    says which a row uses, and `own` (N, F) which each token of the pass that has begun.
     """
 
     def __init__(self, base: Linear, layers: list[LoRALinear | None]):
         super().__init__(base.in_features, base.out_features, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.files, self.token_rows = torch.tensor([-1]), torch.tensor([0])
+        self.files = torch.tensor([-1])
         ranks = [0 if layer is None else len(layer.lora_A) for layer in layers]
         self.A = base.weight.new_zeros(len(layers), max(ranks), base.in_features)
         self.B = base.weight.new_zeros(len(layers), max(ranks), base.out_features)
@@ -299,13 +299,16 @@ class MixedLinear(Linear):
                 self.A[i, :rank] = layer.lora_A
                 self.B[i, :rank] = layer.scale * layer.whole_B().T
 
-    def forward(self, x: Tensor) -> Tensor:
-        count = int(self.token_rows.max()) + 1
+    def begin(self, count: int, token_rows: Tensor) -> None:
+        """A pass of `count` rows begins; token_rows (N,) says which of them a token belongs to."""
         if count != len(self.files):
             raise UserError(f"a batch of {count} rows, and `choose` named the files of {len(self.files)}")
-        own = self.files[self.token_rows][:, None] == torch.arange(len(self.A), device=x.device)  # (N, F)
-        h = F.linear(x, self.A.flatten(0, 1)).unflatten(1, (len(self.A), -1)) * own[..., None]  # (N, F, R)
-        return torch.addmm(super().forward(x), h.flatten(1), self.B.flatten(0, 1))  # (N, out)
+        self.own = self.files[token_rows][:, None] == torch.arange(len(self.A), device=token_rows.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.A.flatten(0, 1)).unflatten(1, (len(self.A), -1))  # (N, F, R)
+        own = (h * self.own[..., None]).flatten(1)
+        return torch.addmm(super().forward(x), own, self.B.flatten(0, 1))  # (N, out)
 
 
 @torch.no_grad()
