@@ -265,6 +265,7 @@ def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str
     progress = train(model, asked, rows, folder)
     peak = peak_memory(device)
     after = metrics.score(model, rows["test"], options.batch, options.max_new_tokens, general)
+    seconds = time.perf_counter() - began  # before the base is scored, as only the first of several runs does
     del model
     before = score_base()
     result = {
@@ -278,7 +279,7 @@ def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str
         "forgetting": after["general_loss"] - before["general_loss"] if general else None,
         "tuned_bytes": parallel.from_first(lambda: (folder / checkpoint.TUNED).stat().st_size),
         "peak_memory_bytes": peak, "predicted_peak_bytes": predicted,
-        "tokens_per_second": progress.tokens / progress.seconds, "seconds": time.perf_counter() - began}
+        "tokens_per_second": progress.tokens / progress.seconds, "seconds": seconds}
     run.write_json(folder / "result.json", result)
     for example, old, new in zip(rows["test"][:3], before["completions"], after["completions"], strict=False):
         print(f"\n  {example.pair.where}   {example.pair.completion!r}\n  base   {old!r}\n  tuned  {new!r}")
