@@ -84,7 +84,7 @@ def measure(mode: str, options: BenchOptions, train: Any) -> dict[str, Any]:
         step()
     times = [seconds(step, device) for _ in range(options.steps)]
     peak = peak_memory(device)
-    with Meter(device.type, model.config.vocab_size) as meter:
+    with Meter(device.type, model.config) as meter:
         step()
     median, real = statistics.median(times), options.batch * (options.tokens - 1)  # the last is a target only
     rate = matmul_rate(real, model.config.n_embd, dtype, device)

@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
+from .linear import product
+from .operators import operator
 
 KERNELS = ("auto", "triton", "torch")
 # Where the Triton kernels were measured to beat PyTorch, forward and backward together: {(GPU, dtype, K, N,
@@ -37,21 +39,6 @@ def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, A: Ten
         update = scale * (x @ a.T) @ b.T
         y = y + F.pad(update, (start, weight.shape[0] - start - b.shape[0]))
     return y
-
-
-FLOPS: dict[Any, Callable[..., int]] = {}  # of our own operators, from their arguments
-
-
-def operator(name: str, implementation: Callable[..., Any], fake: Callable[..., Any],
-             flops: Callable[..., int] = lambda *_: 0) -> Any:
-    """`implementation` as torch.ops.minift.NAME, which on fake tensors (the plan's) gives what `fake` gives.
-    Not by torch.library.custom_op, whose first call imports torch's compiler: 2 s and 150 MB."""
-    torch.library.define(f"minift::{name}", torch.library.infer_schema(implementation, mutates_args=()))
-    torch.library.impl(f"minift::{name}", "CompositeExplicitAutograd", implementation)
-    torch.library.register_fake(f"minift::{name}", fake)
-    op = getattr(torch.ops.minift, name)
-    FLOPS[op] = flops
-    return op
 
 
 def signed(word: int) -> int:
@@ -142,7 +129,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
     products up to seven times as fast, that for dB in fp32 the most.
     """
     a, bT, parts = A.to(x.dtype), B.to(x.dtype).T, len(offsets)
-    y = F.linear(x, weight, bias)
+    y = product(x, weight.T, bias)
     h = (a @ (dropped([x], dropout, seed)[0] if dropout else x).T).T
     for start, h_part, bT_part in zip(offsets, h.chunk(parts, 1), bT.chunk(parts, 1), strict=True):
         y[:, start : start + bT_part.shape[1]].addmm_(h_part, bT_part, alpha=scale / (1 - dropout))
@@ -165,7 +152,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Ten
     dA = g.T @ x  # (parts * r, K)
     dx = None
     if need_dx:
-        dx = dy @ weight
+        dx = product(dy, weight)
         dx = dx.add_(update[0], alpha=s) if dropout else dx.addmm_(g, a, alpha=s)
     return dx, dA.mul_(s).to(A.dtype), dBT.mul_(s).T.to(B.dtype)
 

@@ -7,44 +7,65 @@ import torch
 from torch import Tensor
 
 CHUNK = 512  # tokens whose logits exist at one time
+WORDS = 8192  # words whose probabilities exist in fp32 at one time
 
 
 class HeadLoss(torch.autograd.Function):
-    """The sum of -log softmax(h W^T)[target]. A chunk's logits are made once, turned into their own gradient
-    in place (softmax minus one-hot), and used up before the next chunk's: neither is kept for the backward
-    pass."""
+    """The sum of -log softmax(h W^T)[target]. A chunk's logits are made once, turned into exp(logit - max) in
+    place, and used up before the next chunk's: nothing of them is kept for the backward pass. With e those
+    exponentials and t their sum, the gradient of a token's logits is e / t, less 1 at the target. Division
+    and target are left to tensors of (n, C), in fp32: in bf16, e / t - 1 of a well-known word would be mostly
+    rounding.
+
+    The logits are (V, n): on a CPU in bf16 the larger matrix is better the left one (6 ms instead of 16 for
+    192 tokens on two cores with AMX).
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        head = weight.to(hidden.dtype)
-        loss = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), device=hidden.device, dtype=wide)
+        dhidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), CHUNK):
-            h, target = hidden[start : start + CHUNK], targets[start : start + CHUNK, None]
-            real = len(target)  # the rows after these are padding
-            logits = h @ head.T  # (chunk, V)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            logits -= logits.amax(-1, keepdim=True)
-            loss -= logits[:real].gather(1, target).sum()
-            total = logits.exp_().sum(-1, keepdim=True)  # in place: logsumexp would make another (chunk, V)
-            loss += total[:real].log().sum()
-            if dhidden is None and dweight is None:
-                continue
-            dlogits = logits.div_(total)
-            dlogits[:real].scatter_add_(1, target, torch.full_like(total[:real], -1.0))
-            dlogits[real:] = 0
-            dlogits = dlogits.to(hidden.dtype)
+        head = weight.split(WORDS)
+        for start in range(0, len(targets), CHUNK):
+            target, h = targets[start : start + CHUNK], hidden[start : start + CHUNK]
+            n = len(target)  # the tokens after these are padding
+            places = target, torch.arange(n, device=target.device)
+            logits = h.new_empty(len(weight), len(h))  # (V, chunk)
+            parts = logits.split(WORDS)
+            for words, part in zip(head, parts, strict=True):
+                torch.mm(words.to(h.dtype), h.T, out=part)
+            highest, total = logits.amax(0).to(wide), torch.zeros(len(h), device=h.device, dtype=wide)
+            at_target = logits[places].to(wide) - highest[:n]
+            for part in parts:
+                exponentials = part.to(wide).sub_(highest).exp_()
+                total += exponentials.sum(0)
+                part.copy_(exponentials)
+            loss += (total[:n].log() - at_target).sum()
+            logits[places] = 0
+            share = 1 / total[:, None]  # (chunk, 1)
+            share[n:] = 0
+            learned = at_target.exp()[:, None] * share[:n] - 1  # (n, 1)
             if dhidden is not None:
-                torch.mm(dlogits, head, out=dhidden[start : start + CHUNK])
+                dh = torch.zeros(h.shape, device=h.device, dtype=wide)
+                for words, part in zip(head, parts, strict=True):
+                    dh += part.T @ words.to(h.dtype)
+                dh *= share
+                dh[:n] += learned * weight[target]
+                dhidden[start : start + CHUNK] = dh
             if dweight is not None:
-                dweight += dlogits.T @ h
-        ctx.save_for_backward(dhidden, dweight)
+                scaled = (h * share).to(h.dtype)
+                for dwords, part in zip(dweight.split(WORDS), parts, strict=True):
+                    dwords += part @ scaled
+                dweight.index_add_(0, target, (learned * h[:n]).to(weight.dtype))
+        ctx.gradients = dhidden, dweight
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if grad is None else grad.mul_(dloss) for grad in ctx.saved_tensors), None
+        gradients, ctx.gradients = ctx.gradients, None  # nobody else's, so autograd may add to them in place
+        return *(None if grad is None else grad.mul_(dloss) for grad in gradients), None
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

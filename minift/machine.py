@@ -10,16 +10,25 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# On a CPU, oneDNN and torch keep compiled code for each shape of a product, some 0.6 MB a shape and up to
-# 1,024 shapes, most of which never come again in ragged rows. These hold what one step needs: on the embedded
-# base a quarter of the peak memory less, for a tenth less speed. To be set before the first product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
+# On a CPU, oneDNN and torch keep compiled code for each shape of a product, some 1 MB a shape and up to 1,024
+# shapes, most of which never come again in ragged rows. 256 are those of 20 batches of SAMSum; with 64 a step
+# takes a tenth longer. To be set before the first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "8")
+if sys.platform == "linux":
+    # The heap keeps what is freed, large blocks too: to fault the pages of GPT-2's vocabulary-sized gradients
+    # in again made a full step a seventh slower.
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's, which musl does without
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 import torch  # noqa: E402
 
 from . import parallel
 from .errors import UserError
+from .linear import by_onednn
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "fp32", "bf16")
@@ -75,11 +84,12 @@ def reset_peak_memory(device: torch.device) -> None:
             pass
 
 
-def taken(live: int, device: torch.device) -> int:
-    """Bytes that a peak of live tensors takes. On a CPU the heap has holes between them, a fifth more as
-    measured with GPT-2. To give every freed block back at once leaves none, but faulting the pages in again
-    made a step of GPT-2 take 1.15 s instead of 0.66."""
-    return live if device.type == "cuda" else round(1.2 * live)
+def taken(live: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that a peak of live tensors takes. On a CPU the heap has holes between them, three tenths more as
+    measured with GPT-2, and oneDNN's compiled code takes some 190 MB once its cache is full."""
+    if device.type == "cuda":
+        return live
+    return round(1.3 * live) + (190_000_000 if by_onednn(device, dtype) else 0)
 
 
 def page_out(tensor: torch.Tensor) -> None:

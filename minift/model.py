@@ -19,15 +19,17 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .activation import gelu_new
 from .attention import Rows, attention, split_heads
 from .errors import UserError
+from .linear import by_onednn, linear
 from .loss import head_loss
 
 IGNORE = -100  # a target that is not learned: the prompt's tokens and the padding
 
 ACTIVATIONS = {
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": gelu_new,
+    "gelu_pytorch_tanh": gelu_new,
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
@@ -94,7 +96,7 @@ class Linear(nn.Linear):
     fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -115,9 +117,12 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
-    def prefill(self, layer: int, k: Tensor, v: Tensor) -> None:
-        T = min(k.shape[2], self.k.shape[3])  # the rows' padding need not fit
-        self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k[:, :, :T], v[:, :, :T]
+    def prefill(self, layer: int, qkv: Tensor, rows: Rows) -> None:
+        """What the rows' tokens, qkv (N, 3C), give to the cache."""
+        _, k, v = qkv[: rows.real].unflatten(1, (3, self.k.shape[2], -1)).unbind(1)  # (N, nh, hs)
+        numbers, positions = rows.numbers[: rows.real], rows.positions[: rows.real]
+        self.k[layer][numbers, :, positions] = k
+        self.v[layer][numbers, :, positions] = v
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """One token a row, (B, nh, 1, hs), at its row's position; gives the slots in use, (B, nh, longest,
@@ -146,8 +151,7 @@ class Attention(nn.Module):
         qkv = self.c_attn(x)  # (N, C) -> (N, 3C)
         if rows is not None:
             if cache is not None:
-                _, k, v = split_heads(rows.padded(qkv), self.n_head)  # (B, nh, T, hs)
-                cache.prefill(self.layer, k, v)
+                cache.prefill(self.layer, qkv, rows)
             y = attention(qkv, rows, self.n_head, self.scale, dropout)
         else:
             q, k, v = split_heads(qkv[:, None], self.n_head)  # (B, 3C) -> 3 x (B, nh, 1, hs)
@@ -294,15 +298,16 @@ class GPT(nn.Module):
                 soft = f" and {P} of the soft prompt" if P else ""
                 raise UserError(f"{T} tokens{soft} do not fit into the model's {self.config.n_positions} "
                                 "positions: shorten the text, or lower --max-length or --max-new-tokens")
-            rows = Rows([P + n for n in lengths or [T] * B], self.config.n_positions, self.device)
-            x = self.wte(F.pad(ids, (0, rows.T - P - T)))
+            few_shapes = by_onednn(self.device, self.compute_dtype)
+            rows = Rows([P + n for n in lengths or [T] * B], self.device, few_shapes)
+            x = self.wte(ids[rows.numbers, (rows.positions - P).clamp(min=0)])  # (B, T) -> (N, C)
             if self.prompt is not None:
-                soft = self.prompt.weight.to(x.dtype).expand(B, P, -1)
-                x = torch.cat([soft, x], dim=1)  # (B, T, C) -> (B, P + T, C)
-            x = rows.flat(x + self.wpe.weight[: rows.T])  # (N, C)
+                soft = F.embedding(rows.positions.clamp(max=P - 1), self.prompt.weight.to(x.dtype))
+                x = torch.where((rows.positions < P)[:, None], soft, x)
+            x = x + self.wpe(rows.positions)
             every = torch.arange(B * T, device=self.device) if wanted is None else wanted
             inner = rows.starts[every // T] + P + every % T  # counted in N
-            token_rows = rows.places // rows.T  # (N,)
+            token_rows = rows.numbers
         for layer in self.by_row:
             layer.begin(B, token_rows)
         dropout = self.dropout if self.training else 0.0

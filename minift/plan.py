@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import compare, kernels, modes, parallel, weights
+from . import compare, modes, operators, parallel, weights
 from .config import Config
 from .data import Example, collate, load_examples
 from .machine import choose_device, choose_dtype, resident_memory, taken
@@ -46,6 +46,8 @@ ASSUMED_TOKENS = 512  # of a row, where no rows are at hand; a fifth of them are
 
 aten = torch.ops.aten
 LEFT_MATRIX = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1}  # its place in args
+if torch.backends.mkldnn.is_available():
+    LEFT_MATRIX[torch.ops.mkldnn._linear_pointwise] = 0
 
 
 class Meter(TorchDispatchMode):
@@ -53,9 +55,9 @@ class Meter(TorchDispatchMode):
     logits, and the FLOPs of matrix products. A storage counts once, from the operation that made it until it
     is freed. What an operation allocates inside itself is not seen."""
 
-    def __init__(self, device_type: str, vocab_size: int):
+    def __init__(self, device_type: str, config: GPTConfig):
         super().__init__()
-        self.device_type, self.vocab_size = device_type, vocab_size
+        self.device_type, self.config = device_type, config
         self.counted: set[int] = set()  # the live storages, by identity
         self.live = self.peak = self.logits = self.flops = 0
 
@@ -75,7 +77,7 @@ class Meter(TorchDispatchMode):
         weakref.finalize(storage, self.release, id(storage), storage.nbytes())
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
-        if tensor.shape[-1:] == (self.vocab_size,):
+        if self.config.vocab_size in tensor.shape and self.config.n_embd not in tensor.shape:
             self.logits = max(self.logits, storage.nbytes())
 
     def release(self, storage_id: int, nbytes: int) -> None:
@@ -87,8 +89,8 @@ def flops(func: Any, args: Any, result: Any) -> int:
     """Of one operation: two for each product of a matrix product, attention's included (its whole square: the
     causal half is not taken off, as usual). 0 for anything else."""
     packet = func.overloadpacket
-    if packet in kernels.FLOPS:
-        return kernels.FLOPS[packet](*args)
+    if packet in operators.FLOPS:
+        return operators.FLOPS[packet](*args)
     if packet in LEFT_MATRIX:
         return 2 * result.numel() * args[LEFT_MATRIX[packet]].shape[-1]
     if "scaled_dot_product" in packet.__name__:
@@ -136,7 +138,7 @@ def predict(asked: Config, shape: GPT, batch: list[Example], prepare: Callable[.
     options, device = asked.train, choose_device(asked.train.device)
     micro_batches = [batch] * min(options.accumulate, 2)  # the second finds the gradients of the first
     model = copy.deepcopy(shape)
-    meter = Meter(device.type, model.config.vocab_size)
+    meter = Meter(device.type, model.config)
     rows = parallel.share(batch)
     answers = Answers(sum(len(example.ids) - example.n_prompt for example in rows))
     with FakeTensorMode(), answers, meter:
@@ -171,7 +173,8 @@ def predict(asked: Config, shape: GPT, batch: list[Example], prepare: Callable[.
         "trainable_parameters": sum(p.numel() for p in tuned.values()),
         "weights_bytes": nbytes(model.parameters()), "gradients_bytes": gradients,
         "optimizer_bytes": nbytes(state), "activations_bytes": activations, "logits_bytes": meter.logits,
-        "predicted_peak_bytes": taken(meter.peak, device), "tuned_bytes": nbytes(tuned.values()),
+        "predicted_peak_bytes": taken(meter.peak, device, model.compute_dtype),
+        "tuned_bytes": nbytes(tuned.values()),
         "flops_per_token": step_flops / (sum(lengths) * len(micro_batches))}
 
 

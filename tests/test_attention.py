@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from minift import attention as module
-from minift.attention import ChunkedAttention, Rows, attention
+from minift.attention import Rows, WindowedAttention, attention
 
 LENGTHS, HEADS, SCALE = [5, 48, 1, 33], 3, 0.3
 
 
 def some_qkv(rows: Rows, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(len(rows.places), 3 * HEADS * 8, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(len(rows.positions), 3 * HEADS * 8, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def by_hand(qkv: torch.Tensor) -> torch.Tensor:
@@ -30,16 +30,33 @@ def by_hand(qkv: torch.Tensor) -> torch.Tensor:
 
 
 def test_rows_go_there_and_back() -> None:
-    rows = Rows(LENGTHS, 1024, torch.device("cpu"))
-    assert (rows.B, rows.T, rows.real, len(rows.places)) == (4, 48, 87, 96)
+    rows = Rows(LENGTHS, torch.device("cpu"))
+    assert (rows.T, rows.real, len(rows.positions)) == (48, 87, 128)  # the last window ends at 54 + 64
     assert rows.starts.tolist() == [0, 5, 53, 54]
-    x = torch.arange(1, 97.0)[:, None]
+    assert rows.positions[:7].tolist() == [0, 1, 2, 3, 4, 0, 1] and not rows.positions[87:].any()
+    assert rows.numbers[[0, 4, 5, 52, 53, 54, 86]].tolist() == [0, 0, 1, 1, 2, 3, 3]
+    x = torch.arange(1, 129.0)[:, None]
     padded = rows.padded(x)
     assert padded.shape == (4, 48, 1) and padded.sum() == x[:87].sum()
     for row, (start, n) in enumerate(zip(rows.starts.tolist(), LENGTHS, strict=True)):
         assert torch.equal(padded[row, :n], x[start : start + n]) and not padded[row, n:].any()
     assert torch.equal(rows.flat(padded)[:87], x[:87])
-    assert Rows([7], 9, torch.device("cpu")).T == 9, "never beyond the model's positions"
+
+
+def test_rounding_follows_the_products() -> None:
+    """Few shapes where each is compiled; little waste where none is, and in small steps."""
+    lengths = [500, 40]  # the last window ends at 564
+    assert [len(Rows(lengths, torch.device("cpu"), few).positions) for few in (False, True)] == [576, 640]
+    assert len(Rows([70], torch.device("cpu"), True).positions) == 96
+
+
+def test_rows_are_attended_together_by_powers_of_two() -> None:
+    """Each row once, those of one window together, as long as their probabilities stay below the bound."""
+    rows = Rows([40] * 7 + [33, 300, 290], torch.device("cpu"))
+    groups = [[(one.start, one.stop - one.start) for one in group] for group in rows.groups(12)]
+    assert [len(group) for group in groups] == [8, 1, 1]
+    assert sorted(one for group in groups for one in group) == [
+        (row.start, row.stop - row.start) for row in rows.slices]
 
 
 @pytest.mark.parametrize("chunk", [256, 16, 7])
@@ -48,7 +65,7 @@ def test_rows_go_there_and_back() -> None:
 def test_attention_forward_and_backward(monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: torch.dtype,
                                         error: float) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
-    rows = Rows(LENGTHS, 1024, torch.device("cpu"))
+    rows = Rows(LENGTHS, torch.device("cpu"))
     qkv = some_qkv(rows, dtype).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
     dy = torch.randn(87, HEADS * 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -63,11 +80,11 @@ def test_attention_forward_and_backward(monkeypatch: pytest.MonkeyPatch, chunk: 
 def test_attention_dropout_and_its_gradient(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """The weights that fall out are the same in both passes (gradcheck), and the rest makes up for them."""
     monkeypatch.setattr(module, "CHUNK", chunk)
-    rows = Rows([20, 3], 1024, torch.device("cpu"))
+    rows = Rows([20, 3], torch.device("cpu"))
     qkv, seed = some_qkv(rows).requires_grad_(), torch.tensor(7)
 
     def run(qkv: torch.Tensor, dropout: float = 0.3) -> torch.Tensor:
-        return ChunkedAttention.apply(qkv, rows, HEADS, SCALE, dropout, seed)[:23]
+        return WindowedAttention.apply(qkv, rows, HEADS, SCALE, dropout, seed)[:23]
 
     assert torch.autograd.gradcheck(run, qkv)
     ones = qkv.detach().clone()
@@ -77,10 +94,10 @@ def test_attention_dropout_and_its_gradient(monkeypatch: pytest.MonkeyPatch, chu
     assert set(run(ones, 0.3)[0].tolist()) <= {0.0, 1 / 0.7}, "a first token has one weight, there or not"
 
 
-@pytest.mark.parametrize("T, kept", [(256, 4 * 256 * 256), (512, 0)])
+@pytest.mark.parametrize("T, kept", [(512, 4 * 512 * 512), (1024, 0)])
 def test_what_attention_keeps_for_the_backward_pass(T: int, kept: int) -> None:
     """qkv, and the probabilities of short rows alone: memory must not grow with the square of long ones."""
-    rows = Rows([T], 1024, torch.device("cpu"))
+    rows = Rows([T], torch.device("cpu"))
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         attention(torch.randn(T, 3 * 4 * 8, requires_grad=True), rows, 4, 1 / math.sqrt(8), 0.0)

@@ -25,8 +25,8 @@ optimizer = train.make_optimizer(model.train(), 1e-3, 0.0)
 batch = [Example(torch.randint(50257, (n,)).tolist(), max(1, n - targets), Pair("", "", "")) for n in lengths]
 device = torch.device("cpu")
 for step in range(2):
-    before = resident_memory(device)
     reset_peak_memory(device)
+    before = resident_memory(device)
     loss, _ = train.train_step(model, [batch], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

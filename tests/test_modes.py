@@ -499,8 +499,8 @@ def test_every_mode_describes_itself(
 def test_adapters_stand_where_the_papers_put_them(make_gpt: Callable) -> None:
     """On the sublayer's output, inside its residual: x + adapter(f(norm(x))), with the adapter's own skip."""
     model = disturb(apply(make_gpt(), "adapter", {"bottleneck": 5}))
-    block, x = model.h[1], torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
-    rows = Rows([7, 9], 96, x.device)
+    block, x = model.h[1], torch.randn(64, 24, generator=torch.Generator().manual_seed(0))
+    rows = Rows([7, 9], x.device)
 
     def adapter(layer: Any, y: Tensor) -> Tensor:
         return (
