@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+FEW = 32  # tokens
+
+
 def by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products go to oneDNN. It compiles a kernel for each shape, in 1 to 8 ms, and keeps it in some
     1 MB: numbers of tokens had better be round."""
@@ -21,10 +24,14 @@ def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (M, K) times matrix (K, N), plus bias (N).
 
     oneDNN leaves products in bf16 of N to 2 N tokens with fewer than some 1,280 outputs to one thread alone.
-    In pieces it shares them: 1.8 times as fast with 768 outputs on two cores with AMX.
+    In pieces it shares them: 1.8 times as fast with 768 outputs on two cores with AMX. And it packs the right
+    matrix anew in each product: few tokens had better stand there, as in decoding, 1.5 times as fast.
     """
     M, N = len(x), matrix.shape[1]
     onednn = by_onednn(x.device, x.dtype)
+    if onednn and M <= FEW and matrix.T.is_contiguous():
+        y = matrix.T @ x.T if bias is None else torch.addmm(bias[:, None], matrix.T, x.T)
+        return y.T.contiguous()
     if not onednn or N >= 1280 or not 0.75 * N <= M < 2 * N:
         if bias is None:
             return x @ matrix

@@ -323,7 +323,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) in fp32; the head is the token embedding."""
-        return F.linear(hidden, self.wte.weight.to(hidden.dtype)).float()
+        return linear(hidden, self.wte.weight.to(hidden.dtype), None).float()
 
     def loss(self, ids: Tensor, targets: Tensor, lengths: list[int] | None = None) -> Tensor:
         """The sum of -log p over the target tokens, in nats. ids, targets: (B, T), of which a row's first
