@@ -39,8 +39,8 @@ def make_gelu(x: Tensor, derive: bool) -> list[Tensor]:
 
 # gelu(x, derive): y and, with `derive`, dy/dx, both of x's shape and dtype and computed in fp32. For 1,344 x
 # 3,072 in bf16 on two cores with AMX both take 4.0 ms in one pass, and the backward pass is a product;
-# torch's take 3.6 and 3.8, as its tanh is slow in bf16. A LoRA step of GPT-2 is 4 % faster by it, and would not
-# be in fp32.
+# torch's take 3.6 and 3.8, as its tanh is slow in bf16. A LoRA step of GPT-2 is 4 % faster by it; one in fp32
+# would not be.
 gelu = operator("gelu", make_gelu, fake_gelu)
 
 
