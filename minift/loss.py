@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 512  # tokens whose logits exist at one time
+CHUNK = 256  # tokens whose logits exist at one time
 WORDS = 8192  # words whose probabilities exist in fp32 at one time
 
 

@@ -45,7 +45,7 @@ def taken(lengths: str, targets: int) -> float:
 
 def test_long_rows_with_gpt2s_vocabulary() -> None:
     """8 rows of 1,024 tokens, every one a target: their logits alone would be 1,570 MiB in fp32, and their
-    gradient as much again. A chunk of 512 tokens has 98 MiB of logits; the gradient of the embedding, which
+    gradient as much again. A chunk of 256 tokens has 49 MiB of logits; the gradient of the embedding, which
     is the head, is 12 MiB, and what the blocks keep 16 KiB a token."""
     assert taken("[1024] * 8", 1023) < 500
 
