@@ -38,16 +38,16 @@ class Rows:
         self.positions = F.pad(torch.cat([torch.arange(n) for n in lengths]), fill).to(device)
         numbers = torch.cat([torch.full((n,), row) for row, n in enumerate(lengths)])
         self.numbers = F.pad(numbers, fill).to(device)
+        self.places = self.numbers * self.T + self.positions  # (N,), in (B T)
 
     def flat(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (N, ...)."""
-        return x.flatten(0, 1).index_select(0, self.numbers * self.T + self.positions)
+        return x.flatten(0, 1).index_select(0, self.places)
 
     def padded(self, x: Tensor) -> Tensor:
         """(N, ...) -> (B, T, ...), with zeros where there is no token."""
-        places = self.numbers * self.T + self.positions
         empty = x.new_zeros(self.B * self.T, *x.shape[1:])
-        return empty.index_copy(0, places[: self.real], x[: self.real]).unflatten(0, (self.B, self.T))
+        return empty.index_copy(0, self.places[: self.real], x[: self.real]).unflatten(0, (self.B, self.T))
 
     def groups(self, n_head: int) -> list[list[slice]]:
         """The rows, those with windows of one length together, as far as GROUP allows: by powers of two, for
@@ -98,27 +98,27 @@ class WindowedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, rows: Rows, n_head: int, scale: float, dropout: float,
                 seed: Tensor | None) -> Tensor:
-        ctx.given, saved = (rows, n_head, scale, dropout), [seed]
+        groups, saved = rows.groups(n_head), [seed]
         y = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
         y[rows.real :] = 0
         mask = causal_mask(rows, qkv)
-        for group in rows.groups(n_head):
+        for group in groups:
             heads = windows(qkv.unflatten(1, (3, n_head, -1)), group)  # (3, b nh, T, hs)
             out, kept = attend(heads, mask, scale, dropout, moved(seed, group[0].start))
             put_back(out[None], group, y.unflatten(1, (1, n_head, -1)))
             saved += [heads, kept]
         ctx.save_for_backward(*saved)
+        ctx.given = rows, groups, n_head, scale, dropout
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, n_head, scale, dropout = ctx.given
+        rows, groups, n_head, scale, dropout = ctx.given
         seed, *saved = ctx.saved_tensors
         dqkv = dy.new_empty(len(dy), 3 * dy.shape[1])
         dqkv[rows.real :] = 0
         mask = causal_mask(rows, dy)
-        for i, group in enumerate(rows.groups(n_head)):
-            heads, kept = saved[2 * i : 2 * i + 2]
+        for group, heads, kept in zip(groups, saved[::2], saved[1::2], strict=True):
             dout = windows(dy.unflatten(1, (1, n_head, -1)), group, zeros=True)[0]
             dheads = attend_backward(dout, heads, kept, mask, scale, dropout, moved(seed, group[0].start))
             put_back(dheads, group, dqkv.unflatten(1, (3, n_head, -1)))

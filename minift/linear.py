@@ -16,7 +16,8 @@ FEW = 32  # tokens
 def by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products go to oneDNN. It compiles a kernel for each shape, in 1 to 8 ms, and keeps it in some
     1 MB: numbers of tokens had better be round."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -77,7 +77,7 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         try:
-            ctypes.CDLL(None).malloc_trim(0)
+            libc.malloc_trim(0)
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")
         except (OSError, AttributeError):  # no glibc, or /proc is closed: the peak is the whole process's
@@ -98,7 +98,7 @@ def page_out(tensor: torch.Tensor) -> None:
     if sys.platform == "linux" and not tensor.untyped_storage().resizable():
         begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         nbytes = tensor.data_ptr() + tensor.nbytes - begin
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(nbytes), MADV_PAGEOUT)
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(nbytes), MADV_PAGEOUT)
 
 
 def resident_memory(device: torch.device) -> int:
