@@ -45,7 +45,8 @@ gelu = operator("gelu", make_gelu, fake_gelu)
 
 
 class TanhGELU(torch.autograd.Function):
-    """Keeps the derivative instead of the input: as much memory, and no second sigmoid."""
+    """Keeps the derivative instead of the input: as much memory, and no second sigmoid. The backward pass
+    leaves its result there, and can be done once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ class TanhGELU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return dy * ctx.saved_tensors[0]
+        return ctx.saved_tensors[0].mul_(dy)
 
 
 def gelu_new(x: Tensor) -> Tensor:

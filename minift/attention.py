@@ -3,6 +3,7 @@
 Letters in shape comments: N tokens of all rows, B rows, T the longest row, C = n_embd, nh heads, hs = C / nh.
 """
 
+import math
 from itertools import accumulate
 from typing import Any
 
@@ -93,35 +94,41 @@ class WindowedAttention(torch.autograd.Function):
     """Attention by plain products, through windows: a row's tokens and, up to a round number, what follows
     them. The mask hides those from the row's own queries, what they ask in turn is thrown away, and in the
     backward pass they get and give zeros. Probabilities of up to CHUNK tokens a row are kept; of longer rows
-    they are made again: memory grows with the tokens, not with the square of a row's length."""
+    they are made again: memory grows with the tokens, not with the square of a row's length. All else is
+    written to memory that the next rows use again, while it is in the caches."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, rows: Rows, n_head: int, scale: float, dropout: float,
                 seed: Tensor | None) -> Tensor:
-        groups, saved = rows.groups(n_head), [seed]
+        groups, mask, keep = rows.groups(n_head), causal_mask(rows, qkv), ctx.needs_input_grad[0]
         y = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
         y[rows.real :] = 0
-        mask = causal_mask(rows, qkv)
+        memory, scores = reusable(4, groups, n_head, y)
+        kept = []
         for group in groups:
-            heads = windows(qkv.unflatten(1, (3, n_head, -1)), group)  # (3, b nh, T, hs)
-            out, kept = attend(heads, mask, scale, dropout, moved(seed, group[0].start))
-            put_back(out[None], group, y.unflatten(1, (1, n_head, -1)))
-            saved += [heads, kept]
-        ctx.save_for_backward(*saved)
+            heads = windows(memory, group, y.shape[1], n_head)  # (4, b, nh, T, hs)
+            read(qkv.unflatten(1, (3, n_head, -1)), group, heads[:3])
+            kept.append(attend(*heads.flatten(1, 2), scores, mask, scale, dropout,
+                               moved(seed, group[0].start), keep))
+            write(heads[3:], group, y.unflatten(1, (1, n_head, -1)))
+        ctx.save_for_backward(seed, qkv, *kept)
         ctx.given = rows, groups, n_head, scale, dropout
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, groups, n_head, scale, dropout = ctx.given
-        seed, *saved = ctx.saved_tensors
-        dqkv = dy.new_empty(len(dy), 3 * dy.shape[1])
+        seed, qkv, *kept = ctx.saved_tensors
+        dqkv, mask = torch.empty_like(qkv), causal_mask(rows, qkv)
         dqkv[rows.real :] = 0
-        mask = causal_mask(rows, dy)
-        for group, heads, kept in zip(groups, saved[::2], saved[1::2], strict=True):
-            dout = windows(dy.unflatten(1, (1, n_head, -1)), group, zeros=True)[0]
-            dheads = attend_backward(dout, heads, kept, mask, scale, dropout, moved(seed, group[0].start))
-            put_back(dheads, group, dqkv.unflatten(1, (3, n_head, -1)))
+        memory, scores = reusable(7, groups, n_head, dy)
+        for group, weights in zip(groups, kept, strict=True):
+            heads = windows(memory, group, dy.shape[1], n_head)  # (7, b, nh, T, hs)
+            read(qkv.unflatten(1, (3, n_head, -1)), group, heads[:3])
+            read(dy.unflatten(1, (1, n_head, -1)), group, heads[3:4], zeros=True)
+            attend_backward(*heads.flatten(1, 2), weights, scores, mask, scale, dropout,
+                            moved(seed, group[0].start))
+            write(heads[4:], group, dqkv.unflatten(1, (3, n_head, -1)))
         return dqkv, None, None, None, None, None
 
 
@@ -131,53 +138,67 @@ def causal_mask(rows: Rows, like: Tensor) -> Tensor:
     return like.new_full((T, T), -torch.inf).triu(1)
 
 
-def windows(x: Tensor, group: list[slice], zeros: bool = False) -> Tensor:
-    """(N, parts, nh, hs) -> (parts, b nh, T, hs), a window on each row of the group; `zeros` for what is not
-    the row's own."""
-    T = window(group[0])
-    out = (x.new_zeros if zeros else x.new_empty)(x.shape[1], len(group), x.shape[2], T, x.shape[3])
+def reusable(parts: int, groups: list[list[slice]], n_head: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for windows of so many parts, each as wide as `like` (N, C), and for scores, of any one group."""
+    sizes = [(len(group), window(group[0])) for group in groups]
+    memory = like.new_empty(parts, max(b * T for b, T in sizes) * like.shape[1])
+    return memory, like.new_empty(max(b * n_head * min(T, CHUNK) * T for b, T in sizes))
+
+
+def windows(memory: Tensor, group: list[slice], C: int, n_head: int) -> Tensor:
+    """A group's part of the memory, as (parts, b, nh, T, hs): a window for each row."""
+    tokens = len(group) * window(group[0])
+    return memory[:, : tokens * C].view(len(memory), len(group), n_head, -1, C // n_head)
+
+
+def read(x: Tensor, group: list[slice], out: Tensor, zeros: bool = False) -> None:
+    """What windows show of x (N, parts, nh, hs) into `out` (parts, b, nh, T, hs), with `zeros` for what is
+    not the row's own."""
     for i, row in enumerate(group):
-        end = row.stop if zeros else row.start + T
+        end = row.stop if zeros else row.start + out.shape[3]
         out[:, i, :, : end - row.start] = x[row.start : end].permute(1, 2, 0, 3)
-    return out.flatten(1, 2)
+        if zeros:
+            out[:, i, :, end - row.start :] = 0
 
 
-def put_back(x: Tensor, group: list[slice], out: Tensor) -> None:
-    """The rows' own tokens of (parts, b nh, T, hs) into `out` (N, parts, nh, hs)."""
-    x = x.unflatten(1, (len(group), -1))
+def write(x: Tensor, group: list[slice], out: Tensor) -> None:
+    """The rows' own tokens of x (parts, b, nh, T, hs) into `out` (N, parts, nh, hs)."""
     for i, row in enumerate(group):
         out[row] = x[:, i, :, : row.stop - row.start].permute(2, 0, 1, 3)
 
 
-def attend(heads: Tensor, mask: Tensor, scale: float, dropout: float, seed: Tensor | None
-           ) -> tuple[Tensor, Tensor | None]:
-    """(3, b nh, T, hs) -> (b nh, T, hs), a chunk of queries at a time, without the keys after its last query;
-    and the probabilities, if there was one chunk."""
-    (q, k, v), T = heads, heads.shape[2]
-    y = torch.empty_like(q)
+def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, memory: Tensor, mask: Tensor, scale: float,
+           dropout: float, seed: Tensor | None, keep: bool) -> Tensor | None:
+    """q, k, v -> out, each (b nh, T, hs), a chunk of queries at a time, without the keys after its last
+    query; gives the probabilities if there was one chunk and they are to be kept."""
+    T = q.shape[1]
+    keep = keep and T <= CHUNK
     for start in range(0, T, CHUNK):
         end = min(start + CHUNK, T)
-        weights = probabilities(q, k, start, end, mask, scale)  # (b nh, end - start, end)
-        add_product(y[:, start:end], dropped(weights, dropout, moved(seed, start)), v[:, :end], beta=0)
-    return y, weights if T <= CHUNK else None
+        weights = probabilities(q, k, start, end, memory, mask, scale, keep)  # (b nh, end - start, end)
+        torch.bmm(dropped(weights, dropout, moved(seed, start)), v[:, :end], out=out[:, start:end])
+    return weights if keep else None
 
 
-def attend_backward(dy: Tensor, heads: Tensor, kept: Tensor | None, mask: Tensor, scale: float,
-                    dropout: float, seed: Tensor | None) -> Tensor:
-    """dy (b nh, T, hs) -> (3, b nh, T, hs); `kept` are the probabilities, or None to make them again."""
-    (q, k, v), T = heads, heads.shape[2]
-    dheads = torch.empty_like(heads)
-    dq, dk, dv = dheads
+def attend_backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+                    kept: Tensor | None, memory: Tensor, mask: Tensor, scale: float, dropout: float,
+                    seed: Tensor | None) -> None:
+    """q, k, v, dy -> dq, dk, dv, each (b nh, T, hs); `kept` are the probabilities, or None to make them
+    again."""
+    T = q.shape[1]
     for start in reversed(range(0, T, CHUNK)):  # the last chunk sees every key, and comes first
         end, beta = min(start + CHUNK, T), int(start + CHUNK < T)
-        weights = probabilities(q, k, start, end, mask, scale) if kept is None else kept
+        weights = kept
+        if kept is None:
+            weights = probabilities(q, k, start, end, memory, mask, scale, keep=True)
         left = dropped(weights, dropout, moved(seed, start))
         add_product(dv[:, :end], left.transpose(1, 2), dy[:, start:end], beta)
-        dweights = dropped(dy[:, start:end] @ v[:, :end].transpose(1, 2), dropout, moved(seed, start))
-        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        dscores = memory[: weights.numel()].view_as(weights)
+        torch.bmm(dy[:, start:end], v[:, :end].transpose(1, 2), out=dscores)
+        dscores = dropped(dscores, dropout, moved(seed, start))
+        torch._softmax_backward_data(dscores, weights, -1, weights.dtype, grad_input=dscores)
         add_product(dq[:, start:end], dscores, k[:, :end], 0, scale)
         add_product(dk[:, :end], dscores.transpose(1, 2), q[:, start:end], beta, scale)
-    return dheads
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, beta: int, alpha: float = 1.0) -> None:
@@ -185,12 +206,17 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: int, alpha: float = 1.0
     torch.baddbmm(out, a, b, beta=beta, alpha=alpha, out=out)
 
 
-def probabilities(q: Tensor, k: Tensor, start: int, end: int, mask: Tensor, scale: float) -> Tensor:
-    """What the queries start..end make of the keys 0..end."""
+def probabilities(q: Tensor, k: Tensor, start: int, end: int, memory: Tensor, mask: Tensor, scale: float,
+                  keep: bool = False) -> Tensor:
+    """What the queries start..end make of the keys 0..end: a new tensor if it is to be kept, else in the
+    memory."""
     hidden = mask[: end - start, : end - start]
     if start:
         hidden = F.pad(hidden, (start, 0))
-    return torch.baddbmm(hidden, q[:, start:end], k[:, :end].transpose(1, 2), alpha=scale).softmax(-1)
+    shape = len(q), end - start, end
+    scores = memory[: math.prod(shape)].view(shape)
+    torch.baddbmm(hidden, q[:, start:end], k[:, :end].transpose(1, 2), alpha=scale, out=scores)
+    return scores.softmax(-1) if keep else torch.softmax(scores, -1, out=scores)
 
 
 def moved(seed: Tensor | None, place: int) -> Tensor | None:
