@@ -45,8 +45,7 @@ gelu = operator("gelu", make_gelu, fake_gelu)
 
 
 class TanhGELU(torch.autograd.Function):
-    """Keeps the derivative instead of the input: as much memory, and no second sigmoid. The backward pass
-    leaves its result there, and can be done once."""
+    """Keeps the derivative instead of the input: as much memory, and no second sigmoid."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ class TanhGELU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return ctx.saved_tensors[0].mul_(dy)
+        return dy * ctx.saved_tensors[0]
 
 
 def gelu_new(x: Tensor) -> Tensor:
