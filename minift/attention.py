@@ -74,20 +74,22 @@ def window(row: slice) -> int:
 
 def attention(qkv: Tensor, rows: Rows, n_head: int, scale: float, dropout: float) -> Tensor:
     """softmax(scale q k^T + causal mask) v in each row: (N, 3C) -> (N, C). On a GPU this is torch's fused
-    attention. On a CPU it is WindowedAttention: the fused one takes 27 ms backward where plain products take
-    4 (8 rows of 167 tokens in bf16, two cores with AMX), and every row would be padded to the longest."""
+    attention. On a CPU, where every row would be padded to the longest, it is that row by row; and where
+    gradients are asked for, it is WindowedAttention: the fused one takes 27 ms backward where plain products
+    take 4 (8 rows of 167 tokens in bf16, two cores with AMX)."""
     if qkv.device.type == "cpu":
-        seed = torch.randint(2**62, ()) if dropout else None
-        return WindowedAttention.apply(qkv, rows, n_head, scale, dropout, seed)
-    q, k, v = split_heads(rows.padded(qkv), n_head)
+        if dropout or (qkv.requires_grad and torch.is_grad_enabled()):
+            seed = torch.randint(2**62, ()) if dropout else None
+            return WindowedAttention.apply(qkv, rows, n_head, scale, dropout, seed)
+        heads = qkv.unflatten(1, (3, n_head, -1)).permute(1, 2, 0, 3)  # (3, nh, N, hs)
+        y = qkv.new_zeros(len(qkv), *heads.shape[1::2])  # (N, nh, hs)
+        for row in rows.slices:
+            out = F.scaled_dot_product_attention(*heads[:, None, :, row], is_causal=True, scale=scale)
+            y[row] = out[0].transpose(0, 1)
+        return y.flatten(1)
+    q, k, v = rows.padded(qkv).unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
     return rows.flat(y.transpose(1, 2).flatten(2))
-
-
-def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
-    """Views of q, k and v, each (B, nh, T, hs), of (B, T, 3C)."""
-    B, T, C = qkv.shape
-    return qkv.view(B, T, 3, n_head, C // 3 // n_head).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class WindowedAttention(torch.autograd.Function):
@@ -100,7 +102,7 @@ class WindowedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, rows: Rows, n_head: int, scale: float, dropout: float,
                 seed: Tensor | None) -> Tensor:
-        groups, mask, keep = rows.groups(n_head), causal_mask(rows, qkv), ctx.needs_input_grad[0]
+        groups, mask = rows.groups(n_head), causal_mask(rows, qkv)
         y = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
         y[rows.real :] = 0
         memory, scores = reusable(4, groups, n_head, y)
@@ -109,7 +111,7 @@ class WindowedAttention(torch.autograd.Function):
             heads = windows(memory, group, y.shape[1], n_head)  # (4, b, nh, T, hs)
             read(qkv.unflatten(1, (3, n_head, -1)), group, heads[:3])
             kept.append(attend(*heads.flatten(1, 2), scores, mask, scale, dropout,
-                               moved(seed, group[0].start), keep))
+                               moved(seed, group[0].start)))
             write(heads[3:], group, y.unflatten(1, (1, n_head, -1)))
         ctx.save_for_backward(seed, qkv, *kept)
         ctx.given = rows, groups, n_head, scale, dropout
@@ -168,11 +170,11 @@ def write(x: Tensor, group: list[slice], out: Tensor) -> None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, memory: Tensor, mask: Tensor, scale: float,
-           dropout: float, seed: Tensor | None, keep: bool) -> Tensor | None:
+           dropout: float, seed: Tensor | None) -> Tensor | None:
     """q, k, v -> out, each (b nh, T, hs), a chunk of queries at a time, without the keys after its last
-    query; gives the probabilities if there was one chunk and they are to be kept."""
+    query; gives the probabilities if there was one chunk."""
     T = q.shape[1]
-    keep = keep and T <= CHUNK
+    keep = T <= CHUNK
     for start in range(0, T, CHUNK):
         end = min(start + CHUNK, T)
         weights = probabilities(q, k, start, end, memory, mask, scale, keep)  # (b nh, end - start, end)

@@ -4,8 +4,9 @@ once."""
 import torch
 from torch import Tensor
 
+from .cache import KVCache
 from .errors import UserError
-from .model import GPT, KVCache
+from .model import GPT
 
 
 def next_tokens(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
@@ -55,10 +56,11 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
     lengths = [len(prompt) for prompt in prompts]
-    following = torch.tensor(lengths, device=device)  # the position of each row's next token, in its ids
-    cache = KVCache(model.config, len(prompts), P + longest + max_new_tokens, model.compute_dtype, device)
+    config = model.config
+    cache = KVCache(config.n_layer, config.n_head, config.n_embd // config.n_head, [P + n for n in lengths],
+                    max_new_tokens, model.compute_dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
-    ends = torch.arange(len(prompts), device=device) * longest + following - 1
+    ends = torch.tensor([row * longest + n - 1 for row, n in enumerate(lengths)], device=device)
     last = model.hidden(ids.to(device), lengths, ends, cache)  # (B, C)
     new, running = [[] for _ in prompts], [True] * len(prompts)
     for step in range(max_new_tokens):
@@ -69,6 +71,6 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
                 new[row].append(token)
         if not any(running) or step == max_new_tokens - 1:
             break
-        last = model.hidden(tokens[:, None], cache=cache, positions=P + following + step)[:, 0]
+        last = model.next_hidden(tokens, cache)
     model.train(was_training)
     return new

@@ -3,6 +3,7 @@
 Letters in shape comments: M tokens, K inputs, N outputs.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 FEW = 32  # tokens
 
 
+@functools.cache
 def by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products go to oneDNN. It compiles a kernel for each shape, in 1 to 8 ms, and keeps it in some
     1 MB: numbers of tokens had better be round."""
@@ -30,8 +32,8 @@ def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     M, N = len(x), matrix.shape[1]
     onednn = by_onednn(x.device, x.dtype)
     if onednn and M <= FEW and matrix.T.is_contiguous():
-        y = matrix.T @ x.T if bias is None else torch.addmm(bias[:, None], matrix.T, x.T)
-        return y.T.contiguous()
+        y = (matrix.T @ x.T).T
+        return y.contiguous() if bias is None else torch.add(y, bias, out=x.new_empty(M, N))
     if not onednn or N >= 1280 or not 0.75 * N <= M < 2 * N:
         if bias is None:
             return x @ matrix
@@ -70,4 +72,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K), weight (N, K), bias (N) or None, all of one dtype -> (..., N)."""
     if not by_onednn(x.device, x.dtype):
         return F.linear(x, weight, bias)
-    return PiecewiseLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    flat = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled():
+        y = PiecewiseLinear.apply(flat, weight, bias)
+    else:  # a Function costs a decoding step a tenth
+        y = product(flat, weight.T, bias)
+    return y.view(*x.shape[:-1], -1)

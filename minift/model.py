@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .activation import gelu_new
-from .attention import Rows, attention, split_heads
+from .attention import Rows, attention
+from .cache import KVCache
 from .errors import UserError
 from .linear import by_onednn, linear
 from .loss import head_loss
@@ -107,33 +108,6 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-class KVCache:
-    """Keys and values of all blocks. A token at position p of a row sits in slot p, so rows of different
-    lengths need no left padding: what lies beyond a row's own position is masked, and overwritten as the row
-    grows."""
-
-    def __init__(self, config: GPTConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.n_layer, rows, config.n_head, slots, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-
-    def prefill(self, layer: int, qkv: Tensor, rows: Rows) -> None:
-        """What the rows' tokens, qkv (N, 3C), give to the cache."""
-        _, k, v = qkv[: rows.real].unflatten(1, (3, self.k.shape[2], -1)).unbind(1)  # (N, nh, hs)
-        numbers, positions = rows.numbers[: rows.real], rows.positions[: rows.real]
-        self.k[layer][numbers, :, positions] = k
-        self.v[layer][numbers, :, positions] = v
-
-    def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """One token a row, (B, nh, 1, hs), at its row's position; gives the slots in use, (B, nh, longest,
-        hs)."""
-        rows = torch.arange(len(positions), device=positions.device)
-        self.k[layer][rows, :, positions] = k[:, :, 0]
-        self.v[layer][rows, :, positions] = v[:, :, 0]
-        used = int(positions.max()) + 1
-        return self.k[layer, :, :, :used], self.v[layer, :, :, :used]
-
-
 class Attention(nn.Module):
     """Causal multi-head self-attention; query, key and value come out of one fused matrix."""
 
@@ -147,19 +121,13 @@ class Attention(nn.Module):
             self.scale /= layer + 1
 
     def forward(self, x: Tensor, rows: Rows | None, dropout: float = 0.0, cache: KVCache | None = None,
-                positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+                wanted: Tensor | None = None) -> Tensor:
         qkv = self.c_attn(x)  # (N, C) -> (N, 3C)
-        if rows is not None:
-            if cache is not None:
-                cache.prefill(self.layer, qkv, rows)
-            y = attention(qkv, rows, self.n_head, self.scale, dropout)
-        else:
-            q, k, v = split_heads(qkv[:, None], self.n_head)  # (B, 3C) -> 3 x (B, nh, 1, hs)
-            k, v = cache.append(self.layer, k, v, positions)
-            seen = torch.arange(k.shape[2], device=x.device) <= positions[:, None]  # (B, longest)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None], scale=self.scale)
-            y = y.flatten(1)  # (B, nh, 1, hs) -> (B, C)
-        return self.c_proj(pick(y, wanted))
+        if rows is None:
+            return self.c_proj(cache.attend(self.layer, qkv, self.scale))
+        if cache is not None:
+            cache.prefill(self.layer, qkv, rows)
+        return self.c_proj(pick(attention(qkv, rows, self.n_head, self.scale, dropout), wanted))
 
 
 def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
@@ -186,9 +154,9 @@ class Block(nn.Module):
     `attn_adapter` and `mlp_adapter` are the places where bottleneck adapters go (Houlsby et al. 2019, figure
     2): on a sublayer's output, before it is added. Empty, they are the identity.
 
-    x (N, C) holds `rows` end to end, or, with `rows` None, one new token of each row, whose keys and values
-    go to the cache at `positions` (N,). With `wanted` (n,), what comes out is (n, C): keys and values are
-    made of every token, and all that follows the attention of the wanted ones alone.
+    x (N, C) holds `rows` end to end, or, with `rows` None, one new token of each of the cache's rows. With
+    `wanted` (n,), what comes out is (n, C): keys and values are made of every token, and all that follows the
+    attention of the wanted ones alone.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -201,8 +169,8 @@ class Block(nn.Module):
         self.mlp_adapter = nn.Identity()
 
     def forward(self, x: Tensor, rows: Rows | None, dropout: float = 0.0, cache: KVCache | None = None,
-                positions: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
-        attended = self.attn_adapter(self.attn(self.ln_1(x), rows, dropout, cache, positions, wanted))
+                wanted: Tensor | None = None) -> Tensor:
+        attended = self.attn_adapter(self.attn(self.ln_1(x), rows, dropout, cache, wanted))
         x = pick(x, wanted) + F.dropout(attended, dropout)
         return x + F.dropout(self.mlp_adapter(self.mlp(self.ln_2(x))), dropout)
 
@@ -279,47 +247,51 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def hidden(self, ids: Tensor, lengths: list[int] | None = None, wanted: Tensor | None = None,
-               cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+               cache: KVCache | None = None) -> Tensor:
         """Final hidden states, after the last norm, of token ids (B, T), of which a row's first `lengths`
         are real (None: all): (B, T, C), or, with `wanted` (n,), which counts in ids.flatten(), those (n, C)
         alone.
 
         Padding is never computed, and the last block's projection and MLP take the wanted positions alone.
-        With a `cache` and no `positions` the rows are stored from position 0 on; with `positions` (B,), ids
-        is (B, 1) and each row goes on at its own position. Raises UserError when a row does not fit into the
+        A `cache` takes up the rows, for `next_hidden`. Raises UserError when a row does not fit into the
         model's positions.
         """
         P, (B, T) = self.prompt_tokens, ids.shape
-        if positions is not None:
-            x = self.wte(ids[:, 0]) + self.wpe(positions)  # (B, C)
-            rows, inner, token_rows = None, None, torch.arange(B, device=self.device)
-        else:
-            if P + T > self.config.n_positions:
-                soft = f" and {P} of the soft prompt" if P else ""
-                raise UserError(f"{T} tokens{soft} do not fit into the model's {self.config.n_positions} "
-                                "positions: shorten the text, or lower --max-length or --max-new-tokens")
-            few_shapes = by_onednn(self.device, self.compute_dtype)
-            rows = Rows([P + n for n in lengths or [T] * B], self.device, few_shapes)
-            x = self.wte(ids[rows.numbers, (rows.positions - P).clamp(min=0)])  # (B, T) -> (N, C)
-            if self.prompt is not None:
-                soft = F.embedding(rows.positions.clamp(max=P - 1), self.prompt.weight.to(x.dtype))
-                x = torch.where((rows.positions < P)[:, None], soft, x)
-            x = x + self.wpe(rows.positions)
-            every = torch.arange(B * T, device=self.device) if wanted is None else wanted
-            inner = rows.starts[every // T] + P + every % T  # counted in N
-            token_rows = rows.numbers
+        if P + T > self.config.n_positions:
+            soft = f" and {P} of the soft prompt" if P else ""
+            raise UserError(f"{T} tokens{soft} do not fit into the model's {self.config.n_positions} "
+                            "positions: shorten the text, or lower --max-length or --max-new-tokens")
+        few_shapes = by_onednn(self.device, self.compute_dtype)
+        rows = Rows([P + n for n in lengths or [T] * B], self.device, few_shapes)
+        x = self.wte(ids[rows.numbers, (rows.positions - P).clamp(min=0)])  # (B, T) -> (N, C)
+        if self.prompt is not None:
+            soft = F.embedding(rows.positions.clamp(max=P - 1), self.prompt.weight.to(x.dtype))
+            x = torch.where((rows.positions < P)[:, None], soft, x)
+        x = x + self.wpe(rows.positions)
+        every = torch.arange(B * T, device=self.device) if wanted is None else wanted
+        inner = rows.starts[every // T] + P + every % T  # counted in N
         for layer in self.by_row:
-            layer.begin(B, token_rows)
+            layer.begin(B, rows.numbers)
         dropout = self.dropout if self.training else 0.0
         x = F.dropout(x.to(self.compute_dtype), dropout)
         for block in self.h:
             last = inner if block is self.h[-1] and not self.by_row else None
             if self.checkpoint and self.training:
-                x = checkpoint(block, x, rows, dropout, cache, positions, last, use_reentrant=False)
+                x = checkpoint(block, x, rows, dropout, cache, last, use_reentrant=False)
             else:
-                x = block(x, rows, dropout, cache, positions, last)
+                x = block(x, rows, dropout, cache, last)
         x = self.ln_f(pick(x, inner) if self.by_row else x)
         return x.view(B, T, -1) if wanted is None else x
+
+    def next_hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Final hidden states (B, C) of one more token in each of the cache's rows, tokens (B,)."""
+        positions = cache.grow()
+        x = (self.wte(tokens[cache.order]) + self.wpe(positions)).to(self.compute_dtype)
+        for layer in self.by_row:
+            layer.begin(len(tokens), cache.order)
+        for block in self.h:
+            x = block(x, None, cache=cache)
+        return self.ln_f(x)[cache.places]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) in fp32; the head is the token embedding."""

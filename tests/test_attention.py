@@ -74,6 +74,10 @@ def test_attention_forward_and_backward(monkeypatch: pytest.MonkeyPatch, chunk: 
     wanted.backward(dy)
     assert (found - wanted).norm() < error * wanted.norm()
     assert (qkv.grad - exact.grad).norm() < error * exact.grad.norm()
+    for given in (qkv.detach(), qkv):  # below what trains, and in evaluation
+        with torch.set_grad_enabled(given is not qkv):
+            plain = attention(given, rows, HEADS, SCALE, 0.0)
+        assert (plain[:87] - wanted).norm() < error * wanted.norm() and not plain[87:].any()
 
 
 @pytest.mark.parametrize("chunk", [256, 16])

@@ -10,7 +10,8 @@ from minift.errors import UserError
 from minift.generate import generate, next_tokens
 from minift.model import GPT, IGNORE
 
-PROMPTS = [[5, 17, 80], [1], [33, 2, 9, 61, 44, 7, 20], [90, 90]]
+# more rows than are attended together, and not by length
+PROMPTS = [[5, 17, 80], [1], [33, 2, 9, 61, 44, 7, 20], [90, 90], [61, 3, 19, 4, 11], [*range(40, 51)]]
 
 
 def soft_prompt(model: GPT, tokens: list[int]) -> GPT:
@@ -129,13 +130,13 @@ def test_stop_ends_its_row_alone_and_is_left_out(make_gpt: Callable, monkeypatch
     assert len(wanted[2]) < 30 and any(len(new) == 30 for new in wanted)
     assert generate(model, PROMPTS, 30, stop=stop) == wanted
 
-    calls, hidden = [], model.hidden
-    monkeypatch.setattr(model, "hidden", lambda *a, **k: calls.append(1) or hidden(*a, **k))
+    calls, following = [], model.next_hidden
+    monkeypatch.setattr(model, "next_hidden", lambda *a: calls.append(1) or following(*a))
     assert generate(model, [PROMPTS[2]], 30, stop=stop) == [wanted[2]]
-    assert len(calls) == len(wanted[2]) + 1  # nothing is computed once every row has stopped
+    assert len(calls) == len(wanted[2])  # nothing is computed once every row has stopped
     calls.clear()
-    assert [len(new) for new in generate(model, PROMPTS, 1)] == [1] * 4
-    assert len(calls) == 1
+    assert [len(new) for new in generate(model, PROMPTS, 1)] == [1] * len(PROMPTS)
+    assert not calls
 
 
 def test_context_limit(make_gpt: Callable) -> None:

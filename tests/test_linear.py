@@ -24,6 +24,8 @@ def test_forward_and_every_gradient(monkeypatch: pytest.MonkeyPatch, M: int, N: 
     wanted.backward(dy)
     found.backward(dy.float())
     assert (found - wanted).norm() < 1e-6 * wanted.norm()
+    with torch.no_grad():
+        assert torch.equal(linear(*given, *[None] * (not bias)), found)
     for a, b in zip(given, exact, strict=True):
         assert (a.grad - b.grad).norm() < 1e-6 * b.grad.norm()
 
