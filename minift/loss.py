@@ -26,8 +26,9 @@ class HeadLoss(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), device=hidden.device, dtype=wide)
         dhidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        head = weight.split(WORDS)
+        room = torch.empty_like if len(targets) else torch.zeros_like  # the first chunk fills it
+        dweight = room(weight) if ctx.needs_input_grad[1] else None
+        head = [words.to(hidden.dtype) for words in weight.split(WORDS)]
         for start in range(0, len(targets), CHUNK):
             target, h = targets[start : start + CHUNK], hidden[start : start + CHUNK]
             n = len(target)  # the tokens after these are padding
@@ -35,7 +36,7 @@ class HeadLoss(torch.autograd.Function):
             logits = h.new_empty(len(weight), len(h))  # (V, chunk)
             parts = logits.split(WORDS)
             for words, part in zip(head, parts, strict=True):
-                torch.mm(words.to(h.dtype), h.T, out=part)
+                torch.mm(words, h.T, out=part)
             highest, total = logits.amax(0).to(wide), torch.zeros(len(h), device=h.device, dtype=wide)
             at_target = logits[places].to(wide) - highest[:n]
             for part in parts:
@@ -50,14 +51,14 @@ class HeadLoss(torch.autograd.Function):
             if dhidden is not None:
                 dh = torch.zeros(h.shape, device=h.device, dtype=wide)
                 for words, part in zip(head, parts, strict=True):
-                    dh += part.T @ words.to(h.dtype)
+                    dh += part.T @ words
                 dh *= share
                 dh[:n] += learned * weight[target]
                 dhidden[start : start + CHUNK] = dh
             if dweight is not None:
                 scaled = (h * share).to(h.dtype)
                 for dwords, part in zip(dweight.split(WORDS), parts, strict=True):
-                    dwords += part @ scaled
+                    dwords.add_(part @ scaled) if start else dwords.copy_(part @ scaled)
                 dweight.index_add_(0, target, (learned * h[:n]).to(weight.dtype))
         ctx.gradients = dhidden, dweight
         return loss
