@@ -23,8 +23,8 @@ GROUP = 2**20  # probabilities that rows attended together may have: small model
 
 class Rows:
     """Where the tokens of B ragged rows are: in (N, ...), row after row, and in (B, T, ...), padded on the
-    right. N is a multiple of WINDOW, or of TOKENS if there are to be `few_shapes`; what fills it up repeats
-    the first token, and nothing may depend on it.
+    right. N is a multiple of WINDOW, or of TOKENS beyond 4 TOKENS if there are to be `few_shapes`; what fills
+    it up repeats the first token, and nothing may depend on it.
 
     `numbers` (N,) are the tokens' rows, `positions` (N,) their places in them, `starts` (B,) the rows' places
     in N.
@@ -96,8 +96,8 @@ class WindowedAttention(torch.autograd.Function):
     """Attention by plain products, through windows: a row's tokens and, up to a round number, what follows
     them. The mask hides those from the row's own queries, what they ask in turn is thrown away, and in the
     backward pass they get and give zeros. Probabilities of up to CHUNK tokens a row are kept; of longer rows
-    they are made again: memory grows with the tokens, not with the square of a row's length. All else is
-    written to memory that the next rows use again, while it is in the caches."""
+    they are made again: memory grows with the tokens, not with the square of a row's length. Windows
+    and scores are written to memory that the next rows use again, while it is in the caches."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, rows: Rows, n_head: int, scale: float, dropout: float,

@@ -11,8 +11,9 @@ from .model import GPT
 
 def next_tokens(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
                 generator: torch.Generator) -> Tensor:
-    """(B, V) logits -> (B,) tokens. Temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p the
-    fewest likeliest that together hold at least that probability (Holtzman et al. 2020)."""
+    """(B, V) logits -> (B,) tokens. Temperature 0 is greedy; top_k keeps the k likeliest tokens, and those
+    as likely as the k-th; top_p the fewest likeliest that together hold at least that probability (Holtzman
+    et al. 2020)."""
     if temperature < 1e-6:  # logits divided by less could overflow, and the argmax is all they would give
         return logits.argmax(-1)
     logits = logits / temperature

@@ -250,9 +250,10 @@ class GPT(nn.Module):
                cache: KVCache | None = None) -> Tensor:
         """Final hidden states, after the last norm, of token ids (B, T), of which a row's first `lengths`
         are real (None: all): (B, T, C), or, with `wanted` (n,), which counts in ids.flatten(), those (n, C)
-        alone.
+        alone. Rows with padding need `wanted`, which must not name it.
 
-        Padding is never computed, and the last block's projection and MLP take the wanted positions alone.
+        Of padding only what makes shapes round is computed, and the last block's projection and MLP take the
+        wanted positions alone.
         A `cache` takes up the rows, for `next_hidden`. Raises UserError when a row does not fit into the
         model's positions.
         """
