@@ -75,6 +75,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled():
         y = PiecewiseLinear.apply(flat, weight, bias)
-    else:  # a Function costs a decoding step a tenth
+    else:  # a Function costs a decoding step a twentieth
         y = product(flat, weight.T, bias)
     return y.view(*x.shape[:-1], len(weight))  # -1 would be ambiguous where there is no token
