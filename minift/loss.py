@@ -58,7 +58,10 @@ class HeadLoss(torch.autograd.Function):
             if dweight is not None:
                 scaled = (h * share).to(h.dtype)
                 for dwords, part in zip(dweight.split(WORDS), parts, strict=True):
-                    dwords.add_(part @ scaled) if start else dwords.copy_(part @ scaled)
+                    if start:
+                        dwords += part @ scaled
+                    else:
+                        dwords.copy_(part @ scaled)
                 dweight.index_add_(0, target, (learned * h[:n]).to(weight.dtype))
         ctx.gradients = dhidden, dweight
         return loss

@@ -253,9 +253,8 @@ class GPT(nn.Module):
         alone. Rows with padding need `wanted`, which must not name it.
 
         Of padding only what makes shapes round is computed, and the last block's projection and MLP take the
-        wanted positions alone.
-        A `cache` takes up the rows, for `next_hidden`. Raises UserError when a row does not fit into the
-        model's positions.
+        wanted positions alone. A `cache` takes up the rows, for `next_hidden`. Raises UserError when a row
+        does not fit into the model's positions.
         """
         P, (B, T) = self.prompt_tokens, ids.shape
         if P + T > self.config.n_positions:
