@@ -15,14 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minift import checkpoint, compare, config, data, metrics, modes, parallel, peft, weights
-from minift.config import Config
+from minift import distributed as parallel
+from minift import modes
+from minift.data import dataset as data
+from minift.device import DEVICES, DTYPES, choose_device, choose_dtype
 from minift.errors import UserError, run_script
-from minift.generate import generate
-from minift.machine import DEVICES, DTYPES, choose_device, choose_dtype
-from minift.model import GPT
+from minift.files import checkpoint, peft, weights
+from minift.model.generate import generate
+from minift.model.gpt import GPT
 from minift.modes import lora
 from minift.options import Parser, add_options, flag, option, resolve
+from minift.report import compare, metrics
+from minift.run import config
+from minift.run.config import Config
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from minift import checkpoint, compare, config, data, metrics, modes, parallel, plan, run, weights
-from minift.checkpoint import Progress
-from minift.config import Config, TrainOptions
-from minift.data import Example
+from minift import distributed as parallel
+from minift import modes, plan
+from minift.data import dataset as data
+from minift.data.dataset import Example
+from minift.device import choose_device, choose_dtype, peak_memory, reset_peak_memory, resident_memory
 from minift.errors import UserError, run_script
-from minift.kernels import choose_kernel
-from minift.machine import choose_device, choose_dtype, peak_memory, reset_peak_memory, resident_memory
-from minift.model import GPT
+from minift.files import checkpoint, weights
+from minift.files.checkpoint import Progress
+from minift.model.gpt import GPT
+from minift.ops.lora import choose_kernel
+from minift.report import compare, metrics
+from minift.run import config
+from minift.run import folder as run
+from minift.run.config import Config, TrainOptions
 
 
 def prepare(model: GPT, asked: Config) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minift.data.pairs import READERS
 from minift.errors import UserError
-from minift.pairs import READERS
 
 Row = dict[str, str]
 

@@ -11,7 +11,7 @@ import types
 import typing
 from typing import Any, NoReturn, TypeVar
 
-from .errors import UserError
+from minift.errors import UserError
 
 T = TypeVar("T")
 

@@ -16,11 +16,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import compare, modes, operators, parallel, weights
-from .config import Config
-from .data import Example, collate, load_examples
-from .machine import choose_device, choose_dtype, resident_memory, taken
-from .model import GPT, GPTConfig
+from minift import distributed as parallel
+from minift import modes
+from minift.data.dataset import Example, collate, load_examples
+from minift.device import choose_device, choose_dtype, resident_memory, taken
+from minift.files import weights
+from minift.model.gpt import GPT, GPTConfig
+from minift.ops import register as operators
+from minift.report import compare
+from minift.run.config import Config
 
 SIZES = {
     "distilgpt2": GPTConfig(n_layer=6),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-from minift.model import GPT, GPTConfig
+from minift.model.gpt import GPT, GPTConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test needs a network
 if not torch.cuda.is_available():

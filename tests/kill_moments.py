@@ -26,7 +26,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from minift import errors, safetensors  # noqa: E402
+from minift import errors  # noqa: E402
+from minift.files import safetensors  # noqa: E402
 
 CALLS = ("replace", "fsync", "rename", "unlink")  # of os; and `write` of a tensor file
 

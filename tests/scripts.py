@@ -16,8 +16,9 @@ import torch
 
 import eval as eval_script
 import train as train_script
-from minift import plan, safetensors
+from minift import plan
 from minift.errors import run_script
+from minift.files import safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = ("full", "selective", "lora", "prompt", "adapter")

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minift import activation
-from minift.activation import TanhGELU, gelu_new
+from minift.ops import gelu as activation
+from minift.ops.gelu import TanhGELU, gelu_new
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 2e-6), (torch.bfloat16, 4e-3)])

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from minift import attention as module
-from minift.attention import Rows, WindowedAttention, attention
+from minift.ops import attention as module
+from minift.ops.attention import Rows, WindowedAttention, attention
 
 LENGTHS, HEADS, SCALE = [5, 48, 1, 33], 3, 0.3
 

@@ -8,8 +8,10 @@ import torch
 from scripts import run
 from torch._subclasses import FakeTensorMode
 
-from minift import bench, bench_kernels, kernels
-from minift.kernels import lora_linear
+from minift import bench
+from minift.bench import kernels as bench_kernels
+from minift.ops import lora as kernels
+from minift.ops.lora import lora_linear
 
 
 def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from minift import checkpoint, config, modes, safetensors, weights
-from minift.checkpoint import LAST, TUNED, Progress
+from minift import modes
 from minift.errors import UserError
-from minift.model import GPT
+from minift.files import checkpoint, safetensors, weights
+from minift.files.checkpoint import LAST, TUNED, Progress
+from minift.model.gpt import GPT
+from minift.run import config
 
 MODES = {
     "full": {},

@@ -6,8 +6,8 @@ import sys
 import pytest
 from scripts import evaluate
 
-from minift import compare
 from minift.errors import UserError
+from minift.report import compare
 
 
 def fake_run(folder, **changes):

@@ -28,8 +28,8 @@ from scripts import (
 )
 
 import train as script
-from minift import checkpoint, safetensors
 from minift.errors import UserError
+from minift.files import checkpoint, safetensors
 
 TUNED, LAST = "tuned.safetensors", "last.safetensors"
 

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 import torch
 
-from minift.data import (
+from minift.data.dataset import (
     DataOptions,
     Example,
     Pair,
@@ -23,8 +23,8 @@ from minift.data import (
     read_pairs,
     tokenize,
 )
+from minift.data.pairs import MAX_LINE_BYTES, parse_template, read_file
 from minift.errors import UserError
-from minift.pairs import MAX_LINE_BYTES, parse_template, read_file
 
 EOS = 256
 

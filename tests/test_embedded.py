@@ -5,10 +5,11 @@ from pathlib import Path
 
 from scripts import json_of, metrics, trained
 
-from minift import checkpoint, modes, weights
-from minift.config import TINY
-from minift.data import read_text
-from minift.metrics import general_loss
+from minift import modes
+from minift.data.dataset import read_text
+from minift.files import checkpoint, weights
+from minift.report.metrics import general_loss
+from minift.run.config import TINY
 
 SMALL = ("--val-rows", "48", "--test-rows", "24", "--max-new-tokens", "32")
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from scripts import MODES, QUICK, evaluate, files, json_of, one_thread, process, tensors, trained, write_pairs
 
-from minift import checkpoint, generate, metrics, weights
-from minift.model import GPT
+from minift.files import checkpoint, weights
+from minift.model import generate
+from minift.model.gpt import GPT
+from minift.report import metrics
 
 SCORES = {"loss", "perplexity", "token_accuracy", "exact_match", "rouge1", "rouge2", "rougeL"}
 PLAIN = ["--dtype", "fp32", "--device", "cpu", "--batch", "4", "--max-new-tokens", "6"]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from minift.errors import UserError
-from minift.generate import generate, next_tokens
-from minift.model import GPT, IGNORE
+from minift.model.generate import generate, next_tokens
+from minift.model.gpt import GPT, IGNORE
 
 # more rows than are attended together, and not by length
 PROMPTS = [[5, 17, 80], [1], [33, 2, 9, 61, 44, 7, 20], [90, 90], [61, 3, 19, 4, 11], [*range(40, 51)]]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minift.kernels import LowRankLinear, dropped, keep_mask, lora_linear, lora_linear_reference
+from minift.ops.lora import LowRankLinear, dropped, keep_mask, lora_linear, lora_linear_reference
 
 # (M or leading dimensions, K, N, r, n, offsets): q and v of a fused matrix, the whole, one part in the middle
 SHAPES = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minift import linear as module
-from minift.linear import linear, product
+from minift.ops import linear as module
+from minift.ops.linear import linear, product
 
 # few, in pieces of 2 N / 3 tokens, in halves of the outputs, whole
 SHAPES = [(1, 1), (20, 40), (33, 40), (41, 40), (60, 41), (79, 41), (80, 40), (7, 1283), (1500, 1283)]

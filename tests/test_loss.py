@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minift import loss as module
-from minift.loss import head_loss
+from minift.ops import cross_entropy as module
+from minift.ops.cross_entropy import head_loss
 
 
 @pytest.mark.parametrize("trains", ["both", "hidden", "weight"])

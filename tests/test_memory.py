@@ -13,9 +13,9 @@ import sys
 import torch
 import train
 from minift import modes
-from minift.data import Example, Pair
-from minift.machine import peak_memory, reset_peak_memory, resident_memory
-from minift.model import GPT, GPTConfig
+from minift.data.dataset import Example, Pair
+from minift.device import peak_memory, reset_peak_memory, resident_memory
+from minift.model.gpt import GPT, GPTConfig
 torch.set_num_threads(1)
 lengths, targets = eval(sys.argv[1]), int(sys.argv[2])
 model = GPT(GPTConfig(n_embd=64, n_layer=2, n_head=4))

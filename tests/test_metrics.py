@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from minift import metrics
-from minift.data import Example
+from minift.data.dataset import Example
+from minift.data.pairs import Pair
 from minift.errors import UserError
-from minift.generate import generate
-from minift.model import GPT
-from minift.pairs import Pair
+from minift.model.generate import generate
+from minift.model.gpt import GPT
+from minift.report import metrics
 
 WORDS = (
     "the a cat dog Amanda baked cookies; will bring Jerry some tomorrow, don't can't it's 7pm U.S. a1b2 "

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import minift.model
-from minift import loss, weights
+import minift.model.gpt
 from minift.errors import UserError
-from minift.model import GPT, IGNORE, GPTConfig
-from minift.weights import CONV1D
+from minift.files import weights
+from minift.files.weights import CONV1D
+from minift.model.gpt import GPT, IGNORE, GPTConfig
+from minift.ops import cross_entropy as loss
 
 GPT2 = {"model_type": "gpt2"}
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -138,9 +139,11 @@ def test_ragged_rows_give_what_each_row_gives_alone(make_gpt: Callable, soft: in
 
 def test_only_targets_meet_the_vocabulary(make_gpt: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_gpt()
-    seen, head_loss = [], minift.model.head_loss
+    seen, head_loss = [], minift.model.gpt.head_loss
     monkeypatch.setattr(
-        minift.model, "head_loss", lambda hidden, *rest: seen.append(hidden.shape) or head_loss(hidden, *rest)
+        minift.model.gpt,
+        "head_loss",
+        lambda hidden, *rest: seen.append(hidden.shape) or head_loss(hidden, *rest),
     )
     ids = random_ids(model, 3, 17)
     targets = some_targets(ids)

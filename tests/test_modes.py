@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from minift import modes, weights
-from minift.attention import Rows
+from minift import modes
 from minift.errors import UserError
-from minift.generate import generate
-from minift.model import GPT, IGNORE, GPTConfig
+from minift.files import weights
+from minift.model.generate import generate
+from minift.model.gpt import GPT, IGNORE, GPTConfig
 from minift.modes import lora, prompt, selective
+from minift.ops.attention import Rows
 
 ROOT = Path(__file__).parent.parent
 SIZES = {

@@ -25,7 +25,8 @@ from scripts import (
 )
 
 import train as script
-from minift import parallel, safetensors
+from minift import distributed as parallel
+from minift.files import safetensors
 
 # 26 rows in batches of 5, two a step: the last batch of an epoch is one row, and a process has none of it
 SHORT = (

@@ -32,9 +32,11 @@ from transformers import GPT2LMHeadModel, pipeline
 
 import eval as eval_script
 import train as train_script
-from minift import checkpoint, generate, modes, peft, safetensors, weights
+from minift import modes
 from minift.errors import UserError
-from minift.model import GPT
+from minift.files import checkpoint, peft, safetensors, weights
+from minift.model import generate
+from minift.model.gpt import GPT
 from minift.modes import lora
 
 PLAIN = ["--dtype", "fp32", "--device", "cpu", "--batch", "4", "--max-new-tokens", "6"]

@@ -17,13 +17,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from minift import config, modes, plan
-from minift.config import Config
-from minift.data import Example
+from minift import modes, plan
+from minift.data.dataset import Example
+from minift.device import taken
 from minift.errors import UserError
-from minift.machine import taken
-from minift.model import GPT, GPTConfig, Linear
+from minift.model.gpt import GPT, GPTConfig, Linear
 from minift.modes.lora import LoRALinear
+from minift.run import config
+from minift.run.config import Config
 
 SHAPE = GPTConfig(vocab_size=311, n_positions=64, n_embd=48, n_layer=3, n_head=4, eos_token_id=0)
 BATCH = [Example([5] * 40, 25, None), Example([7] * 31, 8, None), Example([9] * 20, 18, None)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from scripts import ROOT, evaluate, train, write_pairs
 
-from minift.config import TINY
+from minift.run.config import TINY
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = ("--steps", "2", "--val-rows", "4", "--test-rows", "4", "--max-new-tokens", "4")

@@ -29,7 +29,8 @@ from scripts import (
 )
 
 import train as script
-from minift import run, safetensors
+from minift.files import safetensors
+from minift.run import folder as run
 
 # 24 rows in batches of 3, two a step: 4 steps an epoch, validation after every third
 SHORT = "--steps 11 --batch 3 --accumulate 2 --eval-every 3 --lr 3e-3 --model-dropout 0.1".split()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from minift import run
 from minift.errors import UserError
+from minift.run import folder as run
 
 ROOT = Path(__file__).parent.parent
 CONFIG = json.dumps({"mode": "lora", "origins": {"lr": [1.0, "command line"]}})

@@ -14,8 +14,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from minift import safetensors as own
 from minift.errors import UserError
+from minift.files import safetensors as own
 
 
 def sample(dtype: torch.dtype) -> dict[str, torch.Tensor]:

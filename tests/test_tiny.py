@@ -14,9 +14,9 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer
 
-from minift.data import read_text
-from minift.metrics import general_loss
-from minift.weights import load
+from minift.data.dataset import read_text
+from minift.files.weights import load
+from minift.report.metrics import general_loss
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
 SPLITS = ("train", "val", "test")

@@ -27,10 +27,13 @@ from scripts import (
 from scripts import metrics as log_of
 
 import train as script
-from minift import data, metrics, modes, weights
-from minift.data import Example
+from minift import modes
+from minift.data import dataset as data
+from minift.data.dataset import Example
+from minift.data.pairs import Pair
 from minift.errors import UserError
-from minift.pairs import Pair
+from minift.files import weights
+from minift.report import metrics
 
 RESULT = {
     "mode", "base", "steps", "trainable_parameters", "total_parameters", "train_loss", "best_val_loss",

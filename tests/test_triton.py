@@ -20,11 +20,14 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed: nothing to test, PyTorch computes everything")
 
 import train
-from minift import config, kernels, plan, triton_kernels
-from minift.data import Example, Pair
+from minift import plan
+from minift.data.dataset import Example, Pair
 from minift.errors import UserError
-from minift.kernels import keep_mask, lora_linear, lora_linear_reference
-from minift.model import GPT, GPTConfig
+from minift.model.gpt import GPT, GPTConfig
+from minift.ops import lora as kernels
+from minift.ops import lora_triton as triton_kernels
+from minift.ops.lora import keep_mask, lora_linear, lora_linear_reference
+from minift.run import config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = pytest.mark.skipif(DEVICE.type == "cpu", reason="no GPU here, and the interpreter cannot show this")

@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from minift import safetensors, weights
 from minift.errors import UserError
-from minift.model import GPT
+from minift.files import safetensors, weights
+from minift.model.gpt import GPT
 
 ROOT = Path(__file__).parent.parent
 

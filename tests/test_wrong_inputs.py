@@ -358,7 +358,7 @@ def edited(place: Place, file: str, old: str, new: str) -> Path:
 
 
 def other_base(place: Place) -> Path:
-    from minift import safetensors
+    from minift.files import safetensors
 
     tensors, _ = safetensors.read(place.model / "model.safetensors")
     changed = {name: t.clone() for name, t in tensors.items()}

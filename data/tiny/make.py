@@ -27,11 +27,11 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 from stories import document  # noqa: E402
 from world import NAMES, UNSEEN_NAMES, negotiated  # noqa: E402
 
-from minift import safetensors  # noqa: E402
-from minift.machine import fast_bf16  # noqa: E402
-from minift.metrics import general_loss  # noqa: E402
-from minift.model import GPT, GPTConfig  # noqa: E402
-from minift.weights import CONV1D  # noqa: E402
+from minift.device import fast_bf16  # noqa: E402
+from minift.files import safetensors  # noqa: E402
+from minift.files.weights import CONV1D  # noqa: E402
+from minift.model.gpt import GPT, GPTConfig  # noqa: E402
+from minift.report.metrics import general_loss  # noqa: E402
 
 SEED = 1
 END = "<|endoftext|>"

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import parallel
-from ..errors import UserError
-from ..model import GPT
+from minift import distributed as parallel
+from minift.errors import UserError
+from minift.model.gpt import GPT
 
 NAMES = (  # the registry: a mode's line here is the name of its file
     "full",

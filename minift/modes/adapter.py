@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..model import GPT, Linear
-from ..options import option
+from minift.errors import UserError
+from minift.model.gpt import GPT, Linear
+from minift.options import option
 
 TRAINING = {"lr": 1e-3, "weight_decay": 0.0}
 

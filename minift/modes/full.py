@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..model import GPT
+from minift.model.gpt import GPT
 
 TRAINING = {"lr": 1e-4, "weight_decay": 0.01}
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..kernels import lora_linear
-from ..model import GPT, Linear
-from ..options import finite, from_json, option, whole
+from minift.errors import UserError
+from minift.model.gpt import GPT, Linear
+from minift.ops.lora import lora_linear
+from minift.options import finite, from_json, option, whole
 
 TRAINING = {"lr": 1e-3, "weight_decay": 0.0}
 GROUPS = {"all": "q,k,v,o,fc,proj", "attention": "q,k,v,o", "mlp": "fc,proj"}

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..model import GPT
-from ..options import from_json, option
+from minift.errors import UserError
+from minift.model.gpt import GPT
+from minift.options import from_json, option
 
 TRAINING = {"lr": 3e-2, "weight_decay": 0.0}
 

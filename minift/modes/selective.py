@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import UserError
-from ..model import GPT
-from ..options import option
+from minift.errors import UserError
+from minift.model.gpt import GPT
+from minift.options import option
 
 TRAINING = {"lr": 3e-4, "weight_decay": 0.01}
 GROUPS = "top:N, bottom:N, blocks:A-B, bias, norm, attention, mlp, embeddings, final"

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import modes, parallel, peft, run, safetensors
-from .data import Example
-from .errors import UserError
-from .model import GPT
-from .options import from_json
+from minift import distributed as parallel
+from minift import modes
+from minift.data.dataset import Example
+from minift.errors import UserError
+from minift.files import peft, safetensors
+from minift.model.gpt import GPT
+from minift.options import from_json
+from minift.run import folder as run
 
 FORMAT = 1
 TUNED, LAST = "tuned.safetensors", "last.safetensors"

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import threshold
-from .operators import operator
+from minift.ops.lora import threshold
+from minift.ops.register import operator
 
 # The interpreter (TRITON_INTERPRET=1) multiplies bf16 wrongly without saying so: there, tiles become fp32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")

@@ -6,15 +6,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, modes, parallel, run, weights
-from .data import DataOptions, require_tokenizer
-from .errors import UserError
-from .kernels import KERNELS
-from .machine import DEVICES, DTYPES
-from .model import GPT
-from .options import Parser, add_options, flag, from_json, option, resolve
+from minift import distributed as parallel
+from minift import modes
+from minift.data.dataset import DataOptions, require_tokenizer
+from minift.device import DEVICES, DTYPES
+from minift.errors import UserError
+from minift.files import checkpoint, weights
+from minift.model.gpt import GPT
+from minift.ops.lora import KERNELS
+from minift.options import Parser, add_options, flag, from_json, option, resolve
+from minift.run import folder as run
 
-TINY = Path(__file__).parents[1] / "data" / "tiny"  # the embedded base, its pairs and its general text
+TINY = Path(__file__).parents[2] / "data" / "tiny"  # the embedded base, its pairs and its general text
 
 
 @dataclass(frozen=True)

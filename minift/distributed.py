@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError, out_of_memory
+from minift.errors import UserError, out_of_memory
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1  # torchrun sets both
 RANK, LOCAL_RANK = (int(os.environ[name]) if WORLD > 1 else 0 for name in ("RANK", "LOCAL_RANK"))

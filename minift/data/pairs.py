@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import UserError
+from minift.errors import UserError
 
 MAX_LINE_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 256 * 2**20  # a JSON list is parsed in memory, and may stand on one line

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Rows
+from minift.ops.attention import Rows
 
 TOGETHER = 4  # rows that are attended together on a CPU
 

@@ -2,6 +2,7 @@
 takes."""
 
 import ctypes
+import functools
 import mmap
 import os
 import platform
@@ -26,9 +27,8 @@ if sys.platform == "linux":
 
 import torch  # noqa: E402
 
-from . import parallel
-from .errors import UserError
-from .linear import by_onednn
+from minift import distributed as parallel
+from minift.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "fp32", "bf16")
@@ -60,6 +60,14 @@ def fast_bf16(device: torch.device) -> bool:
         checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # torch has no public name for these
         return any(getattr(torch.cpu, check, bool)() for check in checks)
     return False
+
+
+@functools.cache
+def by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products go to oneDNN. It compiles a kernel for each shape, in 1 to 8 ms, and keeps it in some
+    1 MB: numbers of tokens had better be round."""
+    return (device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

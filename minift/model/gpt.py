@@ -19,12 +19,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .activation import gelu_new
-from .attention import Rows, attention
-from .cache import KVCache
-from .errors import UserError
-from .linear import by_onednn, linear
-from .loss import head_loss
+from minift.device import by_onednn
+from minift.errors import UserError
+from minift.model.cache import KVCache
+from minift.ops.attention import Rows, attention
+from minift.ops.cross_entropy import head_loss
+from minift.ops.gelu import gelu_new
+from minift.ops.linear import linear
 
 IGNORE = -100  # a target that is not learned: the prompt's tokens and the padding
 

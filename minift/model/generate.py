@@ -4,9 +4,9 @@ once."""
 import torch
 from torch import Tensor
 
-from .cache import KVCache
-from .errors import UserError
-from .model import GPT
+from minift.errors import UserError
+from minift.model.cache import KVCache
+from minift.model.gpt import GPT
 
 
 def next_tokens(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,

@@ -14,10 +14,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .errors import UserError, tokenizer_faults
-from .model import GPT, IGNORE
-from .options import option
-from .pairs import READERS, Pair, read_file
+from minift.data.pairs import READERS, Pair, read_file
+from minift.errors import UserError, tokenizer_faults
+from minift.model.gpt import GPT, IGNORE
+from minift.options import option
 
 SPLIT_OF_NAME = {
     "train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test",

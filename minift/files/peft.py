@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from . import modes, safetensors
-from .errors import UserError
-from .model import GPT
-from .weights import FLOATS, make_folder, read_bin, read_json
+from minift import modes
+from minift.errors import UserError
+from minift.files import safetensors
+from minift.files.weights import FLOATS, make_folder, read_bin, read_json
+from minift.model.gpt import GPT
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every name that PEFT gives to a base's module

@@ -3,7 +3,6 @@
 Letters in shape comments: M tokens, K inputs, N outputs.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -11,15 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minift.device import by_onednn
+
 FEW = 32  # tokens
-
-
-@functools.cache
-def by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products go to oneDNN. It compiles a kernel for each shape, in 1 to 8 ms, and keeps it in some
-    1 MB: numbers of tokens had better be round."""
-    return (device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from . import parallel
-from .errors import UserError
+from minift import distributed as parallel
+from minift.errors import UserError
 
 
 def is_run(folder: Path) -> bool:

@@ -17,10 +17,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from . import safetensors
-from .errors import UserError, tokenizer_faults
-from .machine import page_out
-from .model import GPT, GPTConfig
+from minift.device import page_out
+from minift.errors import UserError, tokenizer_faults
+from minift.files import safetensors
+from minift.model.gpt import GPT, GPTConfig
 
 HUB = {
     "gpt2": "openai-community/gpt2",

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import UserError
-from .kernels import lora_linear, triton_fault
-from .machine import DEVICES, DTYPES, choose_device, choose_dtype, machine_name, seconds
-from .options import Parser, add_options, option, resolve
+from minift.device import DEVICES, DTYPES, choose_device, choose_dtype, machine_name, seconds
+from minift.errors import UserError
+from minift.ops.lora import lora_linear, triton_fault
+from minift.options import Parser, add_options, option, resolve
 
 SCALE = 2.0
 RING = 256  # layers at most: those of a tiny shape stay in the cache, and are not worth minutes

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels
+from minift.ops import lora as kernels
 
 # Where a kernel is compiled for each shape of a product (linear.by_onednn), ragged rows had better make few:
 # rows are seen through windows of a multiple of WINDOW tokens, and N is a multiple of TOKENS.

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import plot
-from .errors import UserError
-from .run import write_atomically, write_json
+from minift.errors import UserError
+from minift.report import plot
+from minift.run.folder import write_atomically, write_json
 
 COLUMNS = {
     "mode": "mode",

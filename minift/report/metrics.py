@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import parallel
-from .data import Example, collate
-from .errors import UserError
-from .generate import generate
-from .model import GPT, IGNORE
+from minift import distributed as parallel
+from minift.data.dataset import Example, collate
+from minift.errors import UserError
+from minift.model.generate import generate
+from minift.model.gpt import GPT, IGNORE
 
 LOGITS = 128  # tokens whose logits exist at one time: below what a training step takes
 

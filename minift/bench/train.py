@@ -1,26 +1,19 @@
-"""Benchmarks that can be believed: python -m minift.bench train | kernels
-
-    train      tokens/s, step time, peak memory and arithmetic rate of each mode, with random weights
-    kernels    the low-rank update of one layer, by every implementation that runs here
+"""python -m minift.bench train: what a step of each mode costs, with random weights.
 
 Warm-up is apart, medians come with their spread, and the machine's own ceiling is measured in the same run.
 The last line is one JSON object.
 """
 
 import json
-import os
 import statistics
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from . import compare, modes
-from .config import TrainOptions
-from .data import Example, Pair
-from .errors import UserError, run_script
-from .machine import (
+from minift import modes
+from minift.data.dataset import Example, Pair
+from minift.device import (
     DEVICES,
     DTYPES,
     choose_device,
@@ -30,9 +23,12 @@ from .machine import (
     reset_peak_memory,
     seconds,
 )
-from .model import GPT
-from .options import Parser, add_options, option, resolve
-from .plan import SIZES, Meter
+from minift.errors import UserError
+from minift.model.gpt import GPT
+from minift.options import Parser, add_options, option, resolve
+from minift.plan import SIZES, Meter
+from minift.report import compare
+from minift.run.config import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -124,19 +120,3 @@ def bench_train(arguments: list[str]) -> None:
               f"{compare.cell('peak_memory_bytes', row['peak_memory_bytes']):>11} | "
               f"{row['flops_per_second'] / 1e9:7.0f} | {row['share']:12.0%} |", flush=True)
     print(json.dumps(facts | {"rows": rows}))
-
-
-def main(arguments: list[str]) -> None:
-    from .bench_kernels import bench_kernels
-    jobs = {"train": bench_train, "kernels": bench_kernels}
-    if not arguments or arguments[0] not in jobs:
-        if arguments[:1] in (["-h"], ["--help"]):
-            print(__doc__)
-            return
-        raise UserError(f"say what to measure: python -m minift.bench {' | '.join(jobs)} (--help lists more)")
-    jobs[arguments[0]](arguments[1:])
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, os.getcwd())
-    run_script(main)

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import UserError
-from .linear import product
-from .operators import operator
+from minift.errors import UserError
+from minift.ops.linear import product
+from minift.ops.register import operator
 
 KERNELS = ("auto", "triton", "torch")
 # Where the Triton kernels were measured to beat PyTorch, forward and backward together: {(GPU, dtype, K, N,
@@ -81,7 +81,7 @@ def random_bits(x: Tensor, seed: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def make_keep_mask(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
     if x.is_cuda and triton_fault(x.device) is None:
-        from . import triton_kernels
+        from minift.ops import lora_triton as triton_kernels
         return triton_kernels.keep_mask(x, dropout, seed)
     keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     for rows, values in random_bits(x, seed):
@@ -167,7 +167,7 @@ class LowRankLinear(torch.autograd.Function):
                 triton: bool) -> Tensor:
         ctx.given, ctx.triton, ctx.has_bias = (offsets, scale, dropout, seed), triton, bias is not None
         if triton:
-            from . import triton_kernels
+            from minift.ops import lora_triton as triton_kernels
         y, h = (triton_kernels.lora_forward if triton else forward)(x, weight, bias, A, B, *ctx.given)
         ctx.save_for_backward(x, weight, A, B, h)
         return y
@@ -175,7 +175,7 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.triton:
-            from . import triton_kernels
+            from minift.ops import lora_triton as triton_kernels
         x, weight, *rest = ctx.saved_tensors  # once: recomputed activations can be unpacked only once
         dx, dA, dB = (triton_kernels.lora_backward if ctx.triton else backward)(
             dy, x, weight, *rest, *ctx.given, ctx.needs_input_grad[0])
@@ -197,7 +197,7 @@ def triton_fault(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"they need compute capability 8.0, and {torch.cuda.get_device_name(device)} is older"
     try:
-        from . import triton_kernels
+        from minift.ops import lora_triton as triton_kernels
         triton_kernels.try_compiling(device)
     except Exception as error:
         return f"triton cannot compile here: {type(error).__name__}: {error}"

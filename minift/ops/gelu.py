@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import operator
+from minift.ops.register import operator
 
 CUBIC = 0.044715
 SLOPE = 2 * math.sqrt(2 / math.pi)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from .errors import UserError
+from minift.errors import UserError
 
 DTYPES = dict(
     F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,

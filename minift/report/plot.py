@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .run import read_metrics
+from minift.run.folder import read_metrics
 
 MARKERS = "os^Dvp*X<>"
 
