@@ -84,7 +84,10 @@ def _read_turns(fields: dict[str, Any], name: str) -> list[tuple[str, str, bool]
     if not is_blank(fields, "system"):  # some files keep it beside the turns
         said.append((ROLES["system"], field_text(fields, "system"), False))
     for turn in turns:
-        role = field_text(turn, "from" if "from" in turn and "role" not in turn else "role")
+        key = "from" if "from" in turn and "role" not in turn else "role"
+        role = field_text(turn, key)
+        if not isinstance(turn[key], str):
+            raise ValueError(f"field {key!r} is {kind_of(turn[key])}, and must be text")
         if role.strip().lower() not in ROLES:
             raise ValueError(f"role {role!r:.40} in {name!r} is not known, known are {', '.join(ROLES)}")
         said.append((ROLES[role.strip().lower()], _turn_text(turn), is_learned(turn)))

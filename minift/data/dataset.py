@@ -196,7 +196,8 @@ def encode(pairs: list[Pair], tokenizer: Tokenizer, eos_id: int, max_length: int
         example = _make_row(pair, tokens, [learned for _, learned in row], start, eos_id, max_length)
         if example is None:
             continue
-        counts.shortened += len(example.ids) < len(start) + sum(map(len, tokens))
+        unshortened = len(start) + sum(map(len, tokens)) + (tokens[-1][-1] != eos_id)
+        counts.shortened += len(example.ids) < unshortened
         counts.joined += bool(between(pair.prompt, pair.completion, join))
         examples.append(_without_end(example, tokens[-1], tokenizer, eos_id))
     if pairs and not examples:
@@ -283,7 +284,7 @@ def _text_report(counts: list[Counts], rows: int, options: DataOptions) -> list[
     lines = []
     joined = sum(each.joined for each in counts)
     if joined:
-        join = "one space" if options.join == " " else repr(options.join)
+        join = "one space" if options.separator == " " else repr(options.separator)
         lines.append(f"{join} put between prompt and completion: {joined:,} of {rows:,} rows, where neither "
                      "has white space there (--join)")
     found = sum((each.control_tokens for each in counts), Counter())

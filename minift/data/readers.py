@@ -104,7 +104,7 @@ def _file_errors(path: Path) -> Iterator[None]:
 def _check_encoding(path: Path, format: FileFormat) -> FileFormat:
     """The encoding of a file: the user's, or that of its byte order mark. Refuses what is not text."""
     with open(path, "rb") as file:
-        first = file.read(16)
+        first = file.read(64)
     for magic, kind, command in BINARY_KINDS:
         if first.startswith(magic):
             text, table = path.with_suffix(".jsonl").name, path.with_suffix(".csv").name
@@ -279,12 +279,15 @@ def _object_record(where: str, value: Any) -> Record:
 
 def _read_document(path: Path, encoding: str) -> Iterator[Record]:
     """A list of objects, an object that holds the list, or objects one after another over many lines."""
+    too_large = f"more than {MAX_JSON_BYTES // 2**20} MiB, make it .jsonl, an object a line"
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise UserError(f"{path}: {too_large}")
     texts = []
     total = 0
     for number, text, problem in read_lines(path, encoding, MAX_JSON_BYTES):
         total += len(text)
         if total > MAX_JSON_BYTES:
-            problem = f"more than {MAX_JSON_BYTES // 2**20} MiB up to here, make it .jsonl, an object a line"
+            problem = too_large
         if problem:
             raise UserError(f"{path}:{number}: {problem}")
         texts.append(text)

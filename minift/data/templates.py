@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from minift.data.records import HALF_CHARACTERS, field_text, is_blank
 from minift.errors import UserError
 
-NAME = r"[^\W\d][\w #-]*"
+NAME = r"(?:[^\W\d]|#)[\w #-]*"
 OPTIONAL = re.compile(rf"\{{\?({NAME}):((?:[^{{}}]|\{{\{{|\}}\}}|\{{[^{{}}]*\}})*)\}}")
 TOKENS = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
 
