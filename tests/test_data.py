@@ -84,7 +84,7 @@ def test_a_folder_names_its_splits(tmp_path, name):
     assert texts(pairs.train) == [(f"question {i}", f"answer {i}") for i in range(5)]
     assert (len(pairs.val), texts(pairs.test)) == (3, [("q", "a")])
     places = [note.split(":")[0] for note in pairs.notes]
-    assert places == ["train.jsonl", f"{name}.json", "test.csv", tmp_path.name]
+    assert places == ["train.jsonl", f"{name}.json", "test.csv", str(tmp_path)]
     assert pairs.notes[-1].endswith("files that are not used: README.md")
 
 
@@ -169,7 +169,7 @@ def test_a_folder_says_which_files_it_does_not_use(tmp_path):
     pairs = read_pairs(DataOptions(data=str(tmp_path), split="90,10,0"), seed=0)
     assert (len(pairs.train), len(pairs.val)) == (9, 9)
     unused = "files that are not used: more/, notes.txt, train.py, train_old.jsonl"
-    assert f"{tmp_path.name}: {unused}" in pairs.notes
+    assert f"{tmp_path}: {unused}" in pairs.notes
     write(tmp_path / "test.parquet", b"PAR1")
     with pytest.raises(UserError, match="test.parquet: this is Parquet"):
         read_pairs(DataOptions(data=str(tmp_path)), seed=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from data_files import jsonl, texts, write
 
-from minift.data.pairs import Pair, read_file
+from minift.data.pairs import Pair, PairOptions, Prompt, read_file, read_prompts
 from minift.data.templates import parse_template
 from minift.errors import UserError
 
@@ -277,3 +277,42 @@ def test_text_beside_a_label_is_asked_about(tmp_path):
     with pytest.raises(UserError, match="which of its fields 'text', 'label'"):
         read_file(path)
     assert texts(read_file(path, "text", "label")[0]) == [("T", "1")]
+
+
+def test_turns_in_prompt_and_completion(tmp_path):
+    prompt = chat(("user", "a"), ("assistant", "b"), ("user", "c"))
+    row = {"prompt": prompt, "completion": chat(("assistant", "d"))}
+    pair = read_one(tmp_path, row)
+    assert (pair.prompt, learned_texts(pair)) == ("User: a\nAssistant: b\nUser: c\nAssistant:", ["d"])
+
+
+# Prompts that wait for their completions
+
+PROMPTS = {
+    "known": ({"dialogue": "D", "id": 1}, {}, "D\n\nSummary:"),
+    "with a completion": ({"dialogue": "D", "summary": "S"}, {}, "D\n\nSummary:"),
+    "template": ({"q": "Q"}, dict(template="{q}?"), "Q?"),
+    "field": ({"q": "Q"}, dict(prompt_field="q", completion_field="a"), "Q"),
+    "instruction": ({"instruction": "Do", "input": "it"}, {}, "Do\n\nInput:\nit\n\nAnswer:"),
+    "chat": ({"messages": chat(("user", "a"), ("assistant", "b"), ("user", "c"))}, {},
+             "User: a\nAssistant: b\nUser: c\nAssistant:"),
+    "answered chat": ({"messages": chat(("user", "a"), ("assistant", "b"))}, {}, "User: a\nAssistant:"),
+    "text": ({"text": "Once"}, {}, "Once"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_without_completions(tmp_path, name):
+    row, flags, text = PROMPTS[name]
+    path = write(tmp_path / "new.jsonl", jsonl([row, row]))
+    prompts = list(read_prompts(path, PairOptions(**flags)))
+    assert prompts == [Prompt(text, row, "new.jsonl:1"), Prompt(text, row, "new.jsonl:2")]
+
+
+def test_rows_that_give_no_prompt(tmp_path):
+    for row, message in (({"dialogue": " "}, "the prompt is empty"), ({"x": "y"}, "no field 'dialogue'")):
+        path = write(tmp_path / "new.jsonl", jsonl([{"dialogue": "D"}, row]))
+        with pytest.raises(UserError, match=f"new.jsonl:2: {message}"):
+            list(read_prompts(path, PairOptions()))
+    with pytest.raises(UserError, match="which of its fields 'x'"):
+        list(read_prompts(write(path, jsonl([{"x": "y"}])), PairOptions()))

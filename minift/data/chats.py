@@ -1,7 +1,7 @@
 """Chats: a list of turns with roles -> one text, and the answers in it that are learned."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from minift.data.records import field_text, is_blank, kind_of, to_json
 
@@ -15,6 +15,12 @@ ROLES = {
 }  # fmt: skip
 ANSWERS = "Assistant"
 WEIGHT_FIELDS = ("weight", "train", "loss")  # 0 or false: this is not learned
+
+
+class Turn(NamedTuple):
+    role: str  # System, User, Assistant or Tool
+    text: str
+    learned: bool  # if it is an answer
 
 
 @dataclass(frozen=True)
@@ -48,50 +54,75 @@ def between(before: str, after: str, join: str) -> str:
     return join
 
 
-def read_chat(fields: dict[str, Any], name: str, turns: str, join: str) -> Chat:
+def read_chat(fields: dict[str, Any], names: tuple[str, ...], turns: str, join: str) -> Chat:
     """A row's turns as text: "User: ...", a line end, "Assistant:", `join` and the answer.
 
     Turns after the last learned answer teach nothing and are left out. The prompt is "" if nothing is said
     before the first answer. Raises ValueError for a row that cannot be used.
     """
-    said = _read_turns(fields, name)
-    if not any(role == ANSWERS for role, _, _ in said):
-        raise ValueError(f"no turn of {name!r} is the assistant's, the last is the {said[-1][0].lower()}'s")
-    learned = [at for at, (role, text, weighs) in enumerate(said)
-               if role == ANSWERS and weighs and text.strip()]
+    said = _read_turns(fields, names)
+    if not any(turn.role == ANSWERS for turn in said):
+        last_role = said[-1].role.lower()
+        raise ValueError(f"no turn of {names[0]!r} is the assistant's, the last is the {last_role}'s")
+    learned = [at for at, turn in enumerate(said)
+               if turn.role == ANSWERS and turn.learned and turn.text.strip()]
     if not learned:
-        return Chat("Assistant:", "", ())
+        return Chat(f"{ANSWERS}:", "", ())
     last = learned[-1]
+    if not any(turn.text.strip() for turn in said[:last]):
+        return Chat("", said[last].text, ())  # an answer to nothing
+    prompt, spans = _write_turns(said[:last], join)
+    earlier = [spans[at] for at in learned[:-1]] if turns == "all" else []
+    return Chat(prompt, said[last].text, tuple(earlier))
+
+
+def read_chat_prompt(fields: dict[str, Any], names: tuple[str, ...], join: str) -> str:
+    """The turns as text, ready for the assistant's next answer; an answer at the end is left out."""
+    said = _read_turns(fields, names)
+    if said[-1].role == ANSWERS:
+        said = said[:-1]
+    return _write_turns(said, join)[0]
+
+
+def _write_turns(said: list[Turn], join: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text of turns and "Assistant:", and the range of characters of each turn's text."""
     prompt, spans = "", []
-    for at, (role, text, _) in enumerate(said[:last]):
-        prompt += f"{role}:"
+    for turn in said:
+        prompt += f"{turn.role}:"
         begin = len(prompt)
-        prompt += between(prompt, text, join) + text
-        if at in learned and turns == "all":
-            spans.append((begin, len(prompt)))
-        prompt += "" if text.endswith("\n") else "\n"
-    if not any(text.strip() for _, text, _ in said[:last]):
-        return Chat("", said[last][1], ())  # an answer to nothing
-    return Chat(prompt + f"{ANSWERS}:", said[last][1], tuple(spans))
+        prompt += between(prompt, turn.text, join) + turn.text
+        spans.append((begin, len(prompt)))
+        prompt += "" if turn.text.endswith("\n") else "\n"
+    return prompt + f"{ANSWERS}:", spans
 
 
-def _read_turns(fields: dict[str, Any], name: str) -> list[tuple[str, str, bool]]:
-    """Role, text, and whether an answer is learned, of each turn."""
-    turns = fields.get(name)
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"field {name!r} must be a list of objects with role and content, or from and value")
+def is_turns(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(
+        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def _read_turns(fields: dict[str, Any], names: tuple[str, ...]) -> list[Turn]:
+    """The turns of the fields `names`, one after another."""
     said = []
     if not is_blank(fields, "system"):  # some files keep it beside the turns
-        said.append((ROLES["system"], field_text(fields, "system"), False))
-    for turn in turns:
-        key = "from" if "from" in turn and "role" not in turn else "role"
-        role = field_text(turn, key)
-        if not isinstance(turn[key], str):
-            raise ValueError(f"field {key!r} is {kind_of(turn[key])}, and must be text")
-        if role.strip().lower() not in ROLES:
-            raise ValueError(f"role {role!r:.40} in {name!r} is not known, known are {', '.join(ROLES)}")
-        said.append((ROLES[role.strip().lower()], _turn_text(turn), is_learned(turn)))
+        said.append(Turn(ROLES["system"], field_text(fields, "system"), False))
+    for name in names:
+        turns = fields.get(name)
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError(f"field {name!r} must be a list of objects with role and content, or from and "
+                             "value")
+        said += [_read_turn(turn, name) for turn in turns]
     return said
+
+
+def _read_turn(turn: dict[str, Any], name: str) -> Turn:
+    key = "from" if "from" in turn and "role" not in turn else "role"
+    role = field_text(turn, key)
+    if not isinstance(turn[key], str):
+        raise ValueError(f"field {key!r} is {kind_of(turn[key])}, and must be text")
+    if role.strip().lower() not in ROLES:
+        raise ValueError(f"role {role!r:.40} in {name!r} is not known, known are {', '.join(ROLES)}")
+    return Turn(ROLES[role.strip().lower()], _turn_text(turn), is_learned(turn))
 
 
 def _turn_text(turn: dict[str, Any]) -> str:

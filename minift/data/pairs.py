@@ -1,10 +1,18 @@
 """Records -> pairs of prompt and completion: known layouts, the user's template, chats, text alone."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minift.data.chats import CHAT_FIELDS, is_learned, read_chat
+from minift.data.chats import (
+    CHAT_FIELDS,
+    WEIGHT_FIELDS,
+    is_learned,
+    is_turns,
+    read_chat,
+    read_chat_prompt,
+)
 from minift.data.readers import FileFormat, read_records
 from minift.data.records import field_text, list_names
 from minift.data.templates import Part, fill, needed_fields, parse_template, rename_fields, used_fields
@@ -60,9 +68,12 @@ class Layout:
     def used(self) -> list[str]:
         return [*used_fields(self.prompt), self.completion]
 
+    def prompt_of(self, fields: dict[str, Any]) -> str:
+        return fill(self.prompt, fields)
+
     def read(self, fields: dict[str, Any], where: str) -> Pair:
         """The prompt is "" if all its fields are blank. Raises ValueError for a bad row."""
-        return Pair(fill(self.prompt, fields), field_text(fields, self.completion), where)
+        return Pair(self.prompt_of(fields), field_text(fields, self.completion), where)
 
     def __str__(self) -> str:
         names = ", ".join(used_fields(self.prompt))
@@ -71,22 +82,26 @@ class Layout:
 
 @dataclass(frozen=True)
 class ChatLayout:
-    name: str  # of the field with the turns
+    names: tuple[str, ...]  # of the fields with the turns
     turns: str  # "all" answers are learned, or the "last"
     join: str
 
     @property
     def used(self) -> list[str]:
-        return [self.name]
+        return list(self.names)
+
+    def prompt_of(self, fields: dict[str, Any]) -> str:
+        return read_chat_prompt(fields, self.names, self.join)
 
     def read(self, fields: dict[str, Any], where: str) -> Pair:
-        chat = read_chat(fields, self.name, self.turns, self.join)
+        chat = read_chat(fields, self.names, self.turns, self.join)
         return Pair(chat.prompt, chat.completion, where, chat.learned)
 
     def __str__(self) -> str:
+        turns = f"fields {', '.join(self.names)}" if len(self.names) > 1 else f"field {self.names[0]}"
         if self.turns == "all":
-            return f"field {self.name}, every answer of the assistant is learned (--turns last: the last one)"
-        return f"field {self.name}, the last answer of the assistant is learned"
+            return f"{turns}, every answer of the assistant is learned (--turns last: the last one)"
+        return f"{turns}, the last answer of the assistant is learned"
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,9 @@ class TextLayout:
     @property
     def used(self) -> list[str]:
         return [self.name]
+
+    def prompt_of(self, fields: dict[str, Any]) -> str:
+        return field_text(fields, self.name)  # to be continued
 
     def read(self, fields: dict[str, Any], where: str) -> Pair:
         return Pair("", field_text(fields, self.name), where)
@@ -118,26 +136,37 @@ class PairOptions:
 AnyLayout = Layout | ChatLayout | TextLayout
 
 
-def _known_layout(fields: dict[str, Any]) -> Layout | None:
+def _known_layout(fields: dict[str, Any], with_completion: bool) -> Layout | None:
     """The first known layout that fits; names may be written Prompt or PROMPT."""
     actual = {name.strip().lower(): name for name in reversed(fields)} | {name: name for name in fields}
     for template, completion in KNOWN_PAIRS:
         parts = parse_template(template)
-        if all(name in actual for name in (*needed_fields(parts), completion)):
-            return Layout(rename_fields(parts, actual), actual[completion], template)
+        needed = [*needed_fields(parts), completion] if with_completion else needed_fields(parts)
+        if all(name in actual for name in needed):
+            return Layout(rename_fields(parts, actual), actual.get(completion, completion), template)
     return None
 
 
-def choose_layout(path: Path, fields: dict[str, Any], options: PairOptions) -> AnyLayout:
+def _chat_fields(fields: dict[str, Any]) -> tuple[str, ...]:
+    if is_turns(fields.get("prompt")) and is_turns(fields.get("completion")):
+        return ("prompt", "completion")
+    return tuple(name for name in CHAT_FIELDS if name in fields)[:1]
+
+
+def choose_layout(path: Path, fields: dict[str, Any], options: PairOptions,
+                  with_completion: bool = True) -> AnyLayout:
     """The layout that the flags say, and where they are silent, the first known one that fits the first row.
-    Raises UserError if there is none, or the flags name fields that are not there."""
+    `with_completion` False: the rows need no completions. Raises UserError if there is no layout, or the
+    flags name fields that are not there."""
     prompt_field, completion, template = options.prompt_field, options.completion_field, options.template
-    known = _known_layout(fields)
-    if prompt_field is None and completion is None and template is None and known is None:
-        for name in CHAT_FIELDS:
-            if name in fields:
-                return ChatLayout(name, options.turns, options.join)
-        if TEXT_FIELD in fields and not any(name in fields for name in TARGET_FIELDS):
+    known = _known_layout(fields, with_completion)
+    if prompt_field is None and completion is None and template is None:
+        names = _chat_fields(fields)
+        if names == ("prompt", "completion"):
+            return ChatLayout(names, "last", options.join)  # turns of the prompt are no answers to learn
+        if names and known is None:
+            return ChatLayout(names, options.turns, options.join)
+        if known is None and TEXT_FIELD in fields and not any(name in fields for name in TARGET_FIELDS):
             return TextLayout(TEXT_FIELD)
     if prompt_field == "" and completion in fields and template is None:
         return TextLayout(completion)
@@ -152,19 +181,22 @@ def choose_layout(path: Path, fields: dict[str, Any], options: PairOptions) -> A
         parts, template = (Part(prompt_field, True),), "{" + prompt_field + "}"
     elif known is not None:
         parts, template = known.prompt, known.template
+    if not with_completion and completion is None:
+        completion = "completion"
     if completion is None or template is None:
         raise UserError(
             f"{path}: which of its fields {list_names(fields)} are prompt and completion? Say it with "
             "--prompt-field (or --template) and --completion-field; --prompt-field '' learns the "
             "completion's field alone, and --columns names the columns of a table without a header")
     layout = Layout(parts, completion, template)
-    _check_layout(path, fields, layout)
+    _check_layout(path, fields, layout, with_completion)
     return layout
 
 
-def _check_layout(path: Path, fields: dict[str, Any], layout: Layout) -> None:
+def _check_layout(path: Path, fields: dict[str, Any], layout: Layout, with_completion: bool) -> None:
     remedy = "change --prompt-field, --completion-field or --template"
-    for name in [*needed_fields(layout.prompt), layout.completion]:
+    needed = needed_fields(layout.prompt)
+    for name in [*needed, layout.completion] if with_completion else needed:
         if name not in fields:
             raise UserError(f"{path}: no field {name!r:.40}, there are {list_names(fields)}: {remedy}")
     used = used_fields(layout.prompt)
@@ -218,9 +250,37 @@ def read_file(path: Path, prompt_field: str | None = None, completion_field: str
 def _read_pair(layout: AnyLayout, fields: dict[str, Any], where: str) -> tuple[Pair, str]:
     """The pair of a row, and the reason to drop it, or ""."""
     pair = layout.read(fields, where)
-    others = {name: value for name, value in fields.items() if name not in layout.used}
-    if not is_learned(others):
+    weights = {name: fields[name] for name in WEIGHT_FIELDS if name in fields}
+    if weights and not is_learned({name: weights[name] for name in weights if name not in layout.used}):
         return pair, "a weight of 0"
     if not pair.prompt.strip() and not isinstance(layout, TextLayout):
         return pair, "an empty prompt"
     return pair, "" if pair.completion.strip() else "an empty completion"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that waits for its completion, and the row that it was made of."""
+
+    text: str
+    fields: dict[str, Any]
+    where: str
+
+
+def read_prompts(path: Path, options: PairOptions, format: FileFormat = PLAIN_FORMAT) -> Iterator[Prompt]:
+    """The prompts of a file whose rows need no completions, in their order. Raises UserError at the first row
+    that gives none."""
+    layout = None
+    records, _ = read_records(path, format)
+    for record in records:
+        problem = record.problem
+        if not problem:
+            layout = layout or choose_layout(path, record.fields, options, with_completion=False)
+            try:
+                text = layout.prompt_of(record.fields)
+                problem = "" if text.strip() else "the prompt is empty"
+            except ValueError as error:
+                problem = str(error)
+        if problem:
+            raise UserError(f"{path.with_name(record.where)}: {problem}: mend or remove the row")
+        yield Prompt(text, record.fields, record.where)

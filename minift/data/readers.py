@@ -20,7 +20,7 @@ from minift.data.records import Line, Record, SourceFloat, kind_of
 from minift.data.separated import read_separated
 from minift.errors import UserError
 
-MAX_LINE_BYTES = 16 * 2**20
+MAX_LINE_BYTES = 16 * 2**20  # counted in characters once the line is decoded
 MAX_JSON_BYTES = 256 * 2**20  # a JSON document is parsed in memory, and may stand on one line
 MAX_UNPACKED_BYTES = 2**30  # a gzip file can be a thousand times larger than it looks
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -115,7 +115,7 @@ def _check_encoding(path: Path, format: FileFormat) -> FileFormat:
     except (LookupError, ValueError):
         raise UserError(f"--encoding {format.encoding!r:.40}: not a known encoding; utf-8, cp1252, latin-1, "
                         "shift_jis and gb18030 are some") from None
-    if format.encoding.lower().replace("_", "-") not in ("utf-8", "utf8"):
+    if format.encoding.lower().replace("_", "-") not in ("utf-8", "utf8", "utf-8-sig"):
         return format
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if first.startswith(mark):

@@ -59,7 +59,7 @@ def find_split_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     notes = []
     if unused:
         more = f" and {len(unused) - 20} more" if len(unused) > 20 else ""
-        notes.append(f"{folder.name}: files that are not used: {', '.join(unused[:20])}{more}")
+        notes.append(f"{folder}: files that are not used: {', '.join(unused[:20])}{more}")
     return {name: files[name] for name in ("train", "val", "test") if name in files}, notes
 
 
