@@ -10,8 +10,9 @@ import pytest
 from data_files import jsonl, numbered, texts, write
 
 from minift.data.dataset import DataOptions, read_pairs
+from minift.data.lines import MAX_LINE_BYTES
 from minift.data.pairs import read_file
-from minift.data.readers import MAX_LINE_BYTES, FileFormat
+from minift.data.readers import FileFormat
 from minift.errors import UserError
 
 AWKWARD = [
@@ -270,7 +271,7 @@ def test_one_row_alone_is_a_row(tmp_path):
 
 
 def test_a_gzip_file_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("minift.data.readers.MAX_UNPACKED_BYTES", 2**20)
+    monkeypatch.setattr("minift.data.lines.MAX_UNPACKED_BYTES", 2**20)
     path = write(tmp_path / "rows.jsonl.gz", gzip.compress(jsonl(numbered(20_000)).encode()))
     with pytest.raises(UserError, match="rows.jsonl.gz: more than .* unpacked: unpack it with gunzip first"):
         read_file(path)
