@@ -10,13 +10,11 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from minift.data.pairs import READERS, Pair, read_file
 from minift.errors import UserError, tokenizer_faults
-from minift.model.gpt import GPT, IGNORE
+from minift.model.packing import Row
 from minift.options import option
 
 SPLIT_OF_NAME = {
@@ -51,12 +49,15 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Example:
-    """A row as tokens: prompt + completion + end-of-text, of which `n_prompt` (1 or more) are the prompt."""
+class Example(Row):
+    """A row as tokens, prompt + completion + end-of-text, and the pair that it was made of."""
 
-    ids: list[int]
-    n_prompt: int
     pair: Pair
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the last span: what a completion is generated from."""
+        return self.ids[: self.spans[-1][0]]
 
 
 def read_pairs(options: DataOptions, seed: int) -> Pairs:
@@ -186,7 +187,8 @@ def encode(pairs: list[Pair], tokenizer: Tokenizer, eos_id: int,
             continue
         cut += len(prompt) > room
         prompt = prompt[-room:]
-        examples.append(Example(prompt + completion + [eos_id], len(prompt), pair))
+        ids = prompt + completion + [eos_id]
+        examples.append(Example(ids, ((len(prompt), len(ids)),), pair))
     if pairs and not examples:
         raise UserError(f"{pairs[0].where} and every other row: no room in {max_length} tokens for completion"
                         " and a token of the prompt, raise --max-length")
@@ -233,38 +235,17 @@ def batches(examples: list[Example], batch_size: int, seed: int, epoch: int) -> 
     return cut
 
 
-def collate(batch: list[Example], pad_id: int) -> tuple[Tensor, Tensor, list[int]]:
-    """ids (B, T), padded on the right with `pad_id`; targets (B, T): the token after each position, or IGNORE
-    where that is the prompt's or padding; and each row's length without padding. A row's last token is a
-    target only: nothing follows it."""
-    lengths = [len(example.ids) - 1 for example in batch]
-    T = max(lengths)
-    ids = torch.full((len(batch), T), pad_id)
-    targets = torch.full((len(batch), T), IGNORE)
-    for row, example in enumerate(batch):
-        tokens = torch.tensor(example.ids)
-        ids[row, : len(tokens) - 1] = tokens[:-1]
-        targets[row, example.n_prompt - 1 : len(tokens) - 1] = tokens[example.n_prompt :]
-    return ids, targets, lengths
-
-
-def require_tokenizer(model: GPT) -> None:
-    if model.tokenizer is None:
-        raise UserError(f"{model.folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, "
-                        "there")
-
-
-def load_examples(options: DataOptions, seed: int, model: GPT, room: int,
+def load_examples(options: DataOptions, seed: int, tokenizer: Tokenizer, eos_id: int, room: int,
                   limits: dict[str, int | None]) -> tuple[dict[str, list[Example]], list[str]]:
     """The splits named in `limits` as tokens, at most so many rows of each, and the report to print.
 
     A row takes at most `room` of the model's positions, or --max-length if that is less. Raises UserError.
     """
-    pairs, eos_id = read_pairs(options, seed), model.config.eos_token_id
+    pairs = read_pairs(options, seed)
     examples, lines = {}, list(pairs.notes)
     for name, limit in limits.items():
         some = getattr(pairs, name)[:limit]
-        examples[name], cut = encode(some, model.tokenizer, eos_id, min(options.max_length or room, room))
+        examples[name], cut = encode(some, tokenizer, eos_id, min(options.max_length or room, room))
         lines.append(length_report(name, some, examples[name], cut, eos_id))
     return examples, lines
 

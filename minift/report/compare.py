@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from minift.errors import UserError
+from minift.files.atomic import write_json, write_text
 from minift.report import plot
-from minift.run.folder import write_atomically, write_json
 
 COLUMNS = {
     "mode": "mode",
@@ -113,11 +113,16 @@ def write(folder: Path, results: list[dict[str, Any]]) -> str:
     return write_table(folder, results, COLUMNS)
 
 
+def write_modes(path: Path, chosen: list[str]) -> None:
+    """The modes of a comparison that begins; its results follow when it ends."""
+    write_json(path, [{"mode": mode} for mode in chosen])
+
+
 def write_table(folder: Path, results: list[dict[str, Any]], columns: dict[str, str]) -> str:
     """compare.md: the table, then the findings; gives its text."""
     sentences = [f"- {sentence}" for sentences in findings(results).values() for sentence in sentences]
     text = "\n".join([table(results, columns), "", *sentences, ""])
-    write_atomically(folder / "compare.md", text)
+    write_text(folder / "compare.md", text)
     return text
 
 

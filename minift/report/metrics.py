@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 
-from minift import distributed as parallel
-from minift.data.dataset import Example, collate
+from minift.data.dataset import Example
+from minift.distributed import all_sum, local_rows, reshard
 from minift.errors import UserError
 from minift.model.generate import generate
-from minift.model.gpt import GPT, IGNORE
+from minift.model.gpt import GPT
+from minift.model.packing import Row, text_row
 
 LOGITS = 128  # tokens whose logits exist at one time: below what a training step takes
 
@@ -82,18 +84,16 @@ def measure_losses(model: GPT, examples: list[Example], batch: int) -> Losses:
     loss = right = count = 0
     ordered = sorted(examples, key=lambda example: len(example.ids))
     for start in range(0, len(ordered), batch):
-        rows = parallel.share(ordered[start : start + batch])
-        ids, targets, lengths = collate(rows, pad_id=0)
-        ids, targets = ids.to(model.device), targets.to(model.device)
-        learned = (targets != IGNORE).flatten().nonzero()[:, 0]  # (n,)
-        hidden, wanted = model.hidden(ids, lengths, learned), targets.flatten()[learned]  # (n, C), (n,)
-        for h, target in zip(hidden.split(LOGITS), wanted.split(LOGITS), strict=True):
+        packed = model.pack(local_rows(ordered[start : start + batch]))
+        hidden = model.hidden(packed, packed.target_positions)  # (n, C)
+        for h, target in zip(hidden.split(LOGITS), packed.targets.split(LOGITS), strict=True):
             logits = model.logits(h)
             loss += F.cross_entropy(logits, target, reduction="sum").item()
             right += (logits.argmax(-1) == target).sum().item()
-        count += len(wanted)
+        count += len(packed.targets)
+    reshard(model)
     model.train(was_training)
-    loss, right, count = parallel.total(loss, right, count)
+    loss, right, count = all_sum(loss, right, count)
     return Losses(loss / count, safe_exp(loss / count), right / count)
 
 
@@ -102,21 +102,22 @@ def safe_exp(x: float) -> float:
     return math.exp(x) if x < 709 else math.inf
 
 
-def write_completions(model: GPT, examples: list[Example], max_new_tokens: int, batch: int) -> list[str]:
+def write_completions(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: list[Example],
+                      max_new_tokens: int, batch: int) -> list[str]:
     """Greedy completions of the rows' prompts, in their order; a prompt that leaves no room loses its
     beginning."""
     room = model.config.n_positions - model.prompt_tokens - max_new_tokens
     if room < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's "
                         f"{model.config.n_positions} positions: lower it")
-    order = sorted(range(len(examples)), key=lambda i: examples[i].n_prompt)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     texts = [""] * len(examples)
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        prompts = [examples[i].ids[: examples[i].n_prompt][-room:] for i in rows]
-        written = generate(model, prompts, max_new_tokens, stop=model.config.eos_token_id)
+        prompts = [examples[i].prompt[-room:] for i in rows]
+        written = generate(model, prompts, max_new_tokens, stop=eos_id)
         for i, new in zip(rows, written, strict=True):
-            texts[i] = model.tokenizer.decode(new).strip()
+            texts[i] = tokenizer.decode(new).strip()
     return texts
 
 
@@ -127,33 +128,26 @@ def score_texts(predictions: list[str], references: list[str]) -> Texts:
     return Texts(**{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]})
 
 
-@torch.no_grad()
-def general_loss(model: GPT, text: str, batch: int) -> float:
-    """Nats a token on text outside the task, in windows of half the model's positions (512 at most), so that
-    base and tuned model read the same windows even behind a soft prompt, which stays attached (one that
-    takes more than the other half leaves it shorter windows)."""
-    ids = model.tokenizer.encode(text, add_special_tokens=False).ids
-    window = min(512, model.config.n_positions // 2, model.config.n_positions - model.prompt_tokens)
-    rows = [ids[i : i + window + 1] for i in range(0, len(ids) - 1, window)]
+def text_windows(tokenizer: Tokenizer, text: str, model: GPT) -> list[Row]:
+    """A text outside the task as rows of half the model's positions (512 at most), so that base and tuned model
+    read the same windows even with a soft prompt in front."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    n_positions = model.config.n_positions
+    window = min(512, n_positions // 2, n_positions - model.prompt_tokens)
+    rows = [text_row(ids[i : i + window + 1]) for i in range(0, len(ids) - 1, window)]
     if not rows:
         raise UserError("the general text holds fewer than two tokens: there is nothing to score")
-    was_training = model.training
-    model.eval()
-    loss = 0.0
-    for start in range(0, len(rows), batch):
-        some = [Example(row, 1, None) for row in rows[start : start + batch]]  # all but the first are targets
-        inputs, targets, lengths = collate(some, pad_id=0)
-        loss += model.loss(inputs.to(model.device), targets, lengths).item()
-    model.train(was_training)
-    return loss / (len(ids) - 1)
+    return rows
 
 
-def score(model: GPT, examples: list[Example], batch: int, max_new_tokens: int,
-          general: str | None) -> dict[str, Any]:
+def score(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: list[Example], batch: int, max_new_tokens: int,
+          general_text: str | None) -> dict[str, Any]:
     """Every score of a model on some rows under the names of result.json, the completions it wrote, and its
     loss on general text where there is one."""
     losses = measure_losses(model, examples, batch)
-    completions = write_completions(model, examples, max_new_tokens, batch=64)
+    completions = write_completions(model, tokenizer, eos_id, examples, max_new_tokens, batch=64)
     texts = score_texts(completions, [example.pair.completion for example in examples])
-    forgotten = None if general is None else general_loss(model, general, batch)
-    return {**asdict(losses), **asdict(texts), "general_loss": forgotten, "completions": completions}
+    general_loss = None
+    if general_text is not None:
+        general_loss = measure_losses(model, text_windows(tokenizer, general_text, model), batch).loss
+    return {**asdict(losses), **asdict(texts), "general_loss": general_loss, "completions": completions}
