@@ -27,6 +27,7 @@ from minift.model.generate import generate
 from minift.model.gpt import GPT
 from minift.options import Parser, add_options, flag, option, resolve
 from minift.report import compare, metrics
+from minift.report.table import table
 from minift.run import config as configuration
 from minift.run.config import Config, TrainOptions
 
@@ -207,9 +208,11 @@ def print_scores(scores: dict[str, dict[str, Any]]) -> None:
         if "forgetting" in base:
             print(f"forgetting: {scores['tuned']['forgetting']:+.4f} nats per token on the general text")
     else:
-        shown = [name for name in (*numbers, "forgetting") if name in base]
-        headings = {"name": ""} | {name: name for name in shown}
-        print(compare.table([{"name": name, **score} for name, score in scores.items()], headings))
+        columns = {"name": ("", str)}
+        for name in (*numbers, "forgetting"):
+            if name in base:
+                columns[name] = (name, "{:.4f}".format)
+        print(table([{"name": name, **score} for name, score in scores.items()], columns))
 
 
 def print_completions(scores: dict[str, dict[str, Any]], examples: list[Example]) -> None:

@@ -41,6 +41,7 @@ from minift.files.checkpoint import LAST, TUNED, Progress
 from minift.files.weights import Base
 from minift.model.gpt import GPT
 from minift.report import compare, metrics
+from minift.report.table import cell, format_bytes
 from minift.run import config as configuration
 from minift.run.config import Config, TrainOptions
 from minift.run.folder import COMPARE, MetricsLog, StopSignals, choose_folder, finished, open_folder
@@ -319,9 +320,9 @@ def report(config: Config, run: dict[str, Any], base_scores: dict[str, Any], row
         print(f"\n  {row.pair.where}   {row.pair.completion!r}\n  base   {base_scores['completions'][i]!r}\n"
               f"  tuned  {scores['completions'][i]!r}")
     print(f"\n{config.mode}: test loss {base_scores['loss']:.4f} -> {scores['loss']:.4f}, ROUGE-L "
-          f"{base_scores['rougeL']:.3f} -> {scores['rougeL']:.3f}, {compare.size(result['tuned_bytes'])} in "
-          f"{folder / TUNED}, peak memory {compare.cell('peak_memory_bytes', run['peak_memory_bytes'])}, predicted "
-          f"{compare.cell('predicted_peak_bytes', run['predicted_peak_bytes'])}")
+          f"{base_scores['rougeL']:.3f} -> {scores['rougeL']:.3f}, {format_bytes(result['tuned_bytes'])} in "
+          f"{folder / TUNED}, peak memory {cell(run['peak_memory_bytes'], format_bytes)}, predicted "
+          f"{cell(run['predicted_peak_bytes'], format_bytes)}")
     return result
 
 

@@ -23,7 +23,7 @@ from minift.files.weights import Base
 from minift.model.gpt import GPT, GPTConfig
 from minift.model.packing import Row
 from minift.ops.register import FLOPS
-from minift.report import compare
+from minift.report.table import format_bytes, table
 from minift.run.config import Config
 from minift.training import build_on_meta, largest_batch, make_optimizer, train_step
 
@@ -36,16 +36,16 @@ SIZES = {
     "gpt3-175b": GPTConfig(n_embd=12288, n_layer=96, n_head=96, n_positions=2048),  # Brown et al. 2020
 }
 COLUMNS = {
-    "mode": "mode",
-    "trainable_parameters": "trainable",
-    "weights_bytes": "weights",
-    "gradients_bytes": "gradients",
-    "optimizer_bytes": "optimizer",
-    "activations_bytes": "activations",
-    "logits_bytes": "logits",
-    "predicted_peak_bytes": "peak",
-    "tuned_bytes": "tuned file",
-    "flops_per_token": "FLOPs/token",
+    "mode": ("mode", str),
+    "trainable_parameters": ("trainable", "{:,}".format),
+    "weights_bytes": ("weights", format_bytes),
+    "gradients_bytes": ("gradients", format_bytes),
+    "optimizer_bytes": ("optimizer", format_bytes),
+    "activations_bytes": ("activations", format_bytes),
+    "logits_bytes": ("logits", format_bytes),
+    "predicted_peak_bytes": ("peak", format_bytes),
+    "tuned_bytes": ("tuned file", format_bytes),
+    "flops_per_token": ("FLOPs/token", "{:.2e}".format),
 }
 ASSUMED_TOKENS = 512  # of a row, where there are no rows; a fifth of them are targets
 
@@ -197,5 +197,5 @@ def report(configs: list[Config]) -> str:
         f"a batch of {len(batch)} rows with {sum(len(row.ids) for row in batch):,} tokens, of which "
         f"{sum(row.num_targets for row in batch):,} are targets ({origin})",
         f"peak: all tensors alive at one time, on a CPU three tenths more for holes in the heap, and the "
-        f"{compare.size(resident)} in use without them",
-        "", compare.table(results, COLUMNS)])
+        f"{format_bytes(resident)} in use without them",
+        "", table(results, COLUMNS)])
