@@ -127,6 +127,16 @@ def test_a_prompt_without_room_loses_its_beginning(speaker: GPT, tokenizer: Any)
         metrics.write_completions(speaker, tokenizer, EOS, [long], 86)
 
 
+def test_rows_of_text_alone_are_not_completed(speaker: GPT, tokenizer: Any) -> None:
+    text = Example([5, 6, 7, EOS], ((1, 4),), Pair("", "text", "rows.jsonl:1"))
+    pair = Example([5, 6, 7, EOS], ((1, 4),), Pair("p", "c", "rows.jsonl:2"))
+    alone = metrics.score(speaker, tokenizer, EOS, [text], 2, 4, None)
+    assert alone["exact_match"] is alone["rougeL"] is None and alone["completions"] == [""] and alone["loss"] > 0
+    both = metrics.score(speaker, tokenizer, EOS, [text, pair], 2, 4, None)
+    one = metrics.score(speaker, tokenizer, EOS, [pair], 2, 4, None)
+    assert both["completions"] == ["", *one["completions"]] and both["rougeL"] == one["rougeL"]
+
+
 def test_what_a_limit_cut_is_counted_and_said(speaker: GPT, tokenizer: Any,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair("p", "c", "rows.jsonl:1")

@@ -31,7 +31,8 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 3072)
     best = 0.0
     for size in sizes:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        a = torch.randn(size, size, device=device).to(dtype)
+        b = torch.randn(size, size, device=device).to(dtype)
         times = [time_call(lambda a=a, b=b: a @ b, device) for _ in range(8)][2:]
         best = max(best, 2 * size**3 / statistics.median(times))
     return best

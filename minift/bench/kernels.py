@@ -28,6 +28,7 @@ from minift.options import Parser, add_options, option, resolve
 from minift.report.table import table_head, table_row
 
 WARMUP = 3  # samples that are not counted
+OTHERS = ("frozen", "eager", "function")  # each row's time is given relative to these rows
 QUICK = {"shapes": "768x768,768x3072", "tokens": "2048", "ranks": "8", "samples": 9}
 COLUMNS = {
     "row": ("implementation", lambda row: NAMES[row]),
@@ -151,7 +152,7 @@ def measure(case: Case, names: list[str], samples: int, facts: dict[str, Any], d
                   "ms_min": min(taken) * 1e3, "ms_max": max(taken) * 1e3,
                   "flop_share": flops / median / facts["flops_per_second"],
                   "byte_share": nbytes / median / facts["bytes_per_second"]}
-        for other in ("frozen", "eager", "function"):
+        for other in OTHERS:
             # samples taken one after the other are compared, so a busy moment counts for both
             ratios = [a / b for a, b in zip(taken, times[other, launch], strict=True)]
             result[f"over_{other}"] = statistics.median(ratios)
@@ -190,12 +191,16 @@ def capture(step: Callable[[Layer], Any], ring: list[Layer]) -> Callable[[], Non
 
 
 def summary(results: list[dict[str, Any]]) -> Iterator[str]:
-    """One line for each implementation: its time over the others', the median of all cases and the range."""
-    for row, launch in dict.fromkeys((result["row"], result["launch"]) for result in results):
-        here = [result for result in results if (result["row"], result["launch"]) == (row, launch)]
+    """One line for each implementation and launch: its time relative to others, the median of its cases and
+    the range."""
+    by_row: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        by_row.setdefault((result["row"], result["launch"]), []).append(result)
+    for (row, launch), cases in by_row.items():
         texts = []
-        for other in ("frozen", "eager", "function"):
-            ratios = [result[f"over_{other}"] for result in here]
-            texts.append(f"{statistics.median(ratios):.2f} of {NAMES[other]} "
-                         f"({min(ratios):.2f} to {max(ratios):.2f})")
-        yield f"{NAMES[row]}, launch {launch}, {len(here)} cases: time " + ", ".join(texts)
+        for other in OTHERS:
+            ratios = [case[f"over_{other}"] for case in cases]
+            if other != row:
+                texts.append(f"{statistics.median(ratios):.2f}x that of {NAMES[other]} "
+                             f"({min(ratios):.2f} to {max(ratios):.2f})")
+        yield f"{NAMES[row]}, launch {launch}, {len(cases)} cases: its time is " + "; ".join(texts)

@@ -75,12 +75,12 @@ def rank_by_rouge(results: list[dict[str, Any]]) -> list[Finding]:
 
 
 def rank_by_loss(results: list[dict[str, Any]]) -> list[Finding]:
-    """The same by test loss alone, for references that ROUGE cannot compare."""
+    """The same by test loss alone, for rows that ROUGE says nothing about."""
     best = min(results, key=lambda r: r["test_loss"])
     name = run_name(best)
     sentence = (f"{name} is the best: test loss {best['test_loss']:.4f} (base: "
-                f"{best['base_test_loss']:.4f}). ROUGE is not measured, as the references have no words, so "
-                "the test loss decides.")
+                f"{best['base_test_loss']:.4f}). ROUGE is not measured, as the test rows have no prompts, or "
+                "no words in their references, so the test loss decides.")
     near = [r for r in results if r["test_loss"] <= 1.01 * best["test_loss"]]
     return [Finding(name, sentence), cheapest(near, "within 1 % of the best test loss")]
 

@@ -71,7 +71,8 @@ def text_windows(ids: list[int], n_positions: int, prompt_tokens: int = 0) -> li
 def write_completions(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: list[Example],
                       max_new_tokens: int) -> tuple[list[str], dict[str, int]]:
     """Greedy completions of the rows' prompts, in the rows' order and without white space at both ends, and
-    three counts of what the limit of positions or new tokens cut.
+    three counts of what the limit of positions or new tokens cut. A row of text alone, without a prompt, gets
+    an empty completion.
 
     Raises UserError where `max_new_tokens` leaves no room for a prompt.
     """
@@ -82,7 +83,8 @@ def write_completions(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: l
                         f"{n_positions} positions: lower it")
     texts = [""] * len(examples)
     at_limit = shortened = too_long = 0
-    order = sorted(range(len(examples)), key=lambda i: completion_start(examples[i]))
+    prompted = [i for i, example in enumerate(examples) if example.pair.prompt]
+    order = sorted(prompted, key=lambda i: completion_start(examples[i]))  # of like length, decoded together
     for first in range(0, len(order), DECODE_BATCH):
         indices = order[first : first + DECODE_BATCH]
         prompts = []
@@ -111,12 +113,15 @@ def reference_length(example: Example, eos_id: int) -> int:
 
 def score_texts(predictions: list[str], references: list[str]) -> dict[str, float | None]:
     """Means over all rows, in 0..1: exact_match, which ignores white space at both ends, and rouge1, rouge2
-    and rougeL, which compare words alone. The ROUGE scores are None where no reference has a word."""
+    and rougeL, which compare words alone. A score that would say nothing is None: all without rows, ROUGE
+    where no reference has a word."""
     totals = {"exact_match": 0.0, "rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
     for prediction, reference in zip(predictions, references, strict=True):
         totals["exact_match"] += prediction.strip() == reference.strip()
         for name, value in rouge(prediction, reference).items():
             totals[name] += value
+    if not references:
+        return dict.fromkeys(totals)
     scores: dict[str, float | None] = {name: total / len(references) for name, total in totals.items()}
     if not any(rouge_tokens(reference) for reference in references):
         scores |= {"rouge1": None, "rouge2": None, "rougeL": None}  # a 0 would look like a bad model
@@ -129,7 +134,12 @@ def score(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: list[Example]
     counts of `write_completions`; and its loss on the general text, None where there is none."""
     scores: dict[str, Any] = measure_losses(model, examples, batch)
     completions, counts = write_completions(model, tokenizer, eos_id, examples, max_new_tokens)
-    scores |= score_texts(completions, [example.pair.completion for example in examples])
+    predictions, references = [], []
+    for example, completion in zip(examples, completions, strict=True):
+        if example.pair.prompt:
+            predictions.append(completion)
+            references.append(example.pair.completion)
+    scores |= score_texts(predictions, references)
     scores["general_loss"] = measure_losses(model, general_rows, batch)["loss"] if general_rows else None
     return scores | counts | {"completions": completions}
 

@@ -50,15 +50,20 @@ def draw_runs(folder: Path, results: list[dict[str, Any]]) -> None:
     save(figure, folder / "compare.png")
 
 
+def series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a name in metrics.jsonl, where it has one: some lines are of steps, others of
+    validations, and a validation before the first step has no training loss."""
+    found = [line for line in lines if line.get(name) is not None]
+    return [line["step"] for line in found], [line[name] for line in found]
+
+
 def draw_losses(axes: Any, lines: list[dict[str, Any]], label: str, style: dict[str, Any]) -> None:
     """The validation loss and the mean training loss between validations, from the lines of metrics.jsonl."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-    validations = [line for line in lines if "val_loss" in line]
-    axes.plot([line["step"] for line in validations], [line["val_loss"] for line in validations],
-              label=label, markersize=4, **style)
-    trained = [line for line in validations if line.get("train_loss") is not None]  # step 0 has none
-    axes.plot([line["step"] for line in trained], [line["train_loss"] for line in trained],
-              color=style["color"], linestyle=":")
+    steps, val_losses = series(lines, "val_loss")
+    axes.plot(steps, val_losses, label=label, markersize=4, **style)
+    steps, train_losses = series(lines, "train_loss")
+    axes.plot(steps, train_losses, color=style["color"], linestyle=":")
     axes.set(yscale="log", ylabel="nats per target token")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -70,19 +75,16 @@ def draw_curves(folder: Path) -> None:
     and the learning rate below. Can be drawn again at every validation while the run lasts."""
     from matplotlib.figure import Figure
     lines = read_metrics(folder)
-    steps = [line for line in lines if "loss" in line]
-    validations = [line for line in lines if "val_loss" in line]
-
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    losses.plot([line["step"] for line in steps], [line["loss"] for line in steps],
-                color="C0", alpha=0.3, linewidth=1, label="training, each step")
+    losses.plot(*series(lines, "loss"), color="C0", alpha=0.3, linewidth=1, label="training, each step")
     draw_losses(losses, lines, "validation", {"color": "C1", "marker": "o"})
-    if validations:
-        best = min(validations, key=lambda line: line["val_loss"])
-        losses.axvline(best["step"], color="grey", linestyle="--", linewidth=1,
-                       label=f"best: {best['val_loss']:.4f} at step {best['step']}")
-    rate.plot([line["step"] for line in steps], [line["lr"] for line in steps], color="C2")
+    steps, val_losses = series(lines, "val_loss")
+    if val_losses:
+        best_loss, best_step = min(zip(val_losses, steps, strict=True))
+        losses.axvline(best_step, color="grey", linestyle="--", linewidth=1,
+                       label=f"best: {best_loss:.4f} at step {best_step}")
+    rate.plot(*series(lines, "lr"), color="C2")
     losses.set(title="loss (dotted: training, mean between validations)")
     losses.legend()
     rate.set(xlabel="optimizer step", ylabel="learning rate")
