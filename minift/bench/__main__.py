@@ -10,6 +10,7 @@ Each prints a table, and one JSON object on the last line. --help after the name
 from minift.bench.decode import bench_decode
 from minift.bench.kernels import bench_kernels
 from minift.bench.train import bench_train
+from minift.device import configure_process
 from minift.errors import UserError, run_script
 
 BENCHMARKS = {"train": bench_train, "decode": bench_decode, "kernels": bench_kernels}
@@ -21,6 +22,7 @@ def main(arguments: list[str]) -> None:
         return
     if not arguments or arguments[0] not in BENCHMARKS:
         raise UserError(f"name a benchmark: python -m minift.bench {' | '.join(BENCHMARKS)}, or --help")
+    configure_process()  # as the scripts do, or steps would be slower here than there
     BENCHMARKS[arguments[0]](arguments[1:])
 
 

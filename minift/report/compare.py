@@ -110,7 +110,7 @@ def troubles(result: dict[str, Any]) -> list[Finding]:
 
 def write(folder: Path, results: list[dict[str, Any]]) -> str:
     """The files of a comparison: compare.json, the results each with the findings about it, and compare.md.
-    Returns the text of the latter. Raises UserError."""
+    Returns the text of the latter. Of several processes only rank 0 may call it. Raises UserError."""
     found = findings(results)
     with_findings = []
     for result in results:
