@@ -1,11 +1,11 @@
 """Score a run beside its base, generate with it, or save it as a plain GPT-2.
 
     python eval.py runs/lora-1                        base and tuned on the test rows, side by side
-    python eval.py runs/lora-1 --general FILE.txt     and what the model forgot of other text
+    python eval.py runs/lora-1 --general FILE.txt     and how much the model forgot of other text
     python eval.py runs/lora-1 --prompt "Anna: Hi"    continue a prompt (- reads it from standard input)
     python eval.py runs/lora-1 --save DIR             the tuned model as a Hugging Face folder
-    python eval.py runs/lora-1 --save-peft DIR        what was tuned as a PEFT folder: LoRA and soft prompts
-    python eval.py --adapter A --adapter B            several runs or PEFT folders on one base, a row each
+    python eval.py runs/lora-1 --save-peft DIR        the tuned parameters as a PEFT folder: LoRA and soft prompts
+    python eval.py --adapter A --adapter B            several runs or PEFT folders on one base, one after another
     python eval.py --compare runs/*                   finished runs in one table and one picture
 """
 
@@ -15,117 +15,59 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minift import distributed as parallel
-from minift import modes
-from minift.data import dataset as data
-from minift.device import DEVICES, DTYPES, choose_device, choose_dtype
+from minift import modes, ops
+from minift.data import dataset
+from minift.data.dataset import DataOptions, Example
+from minift.device import DEVICES, DTYPES, choose_device, choose_dtype, configure_process
+from minift.distributed import WORLD_SIZE, processes
 from minift.errors import UserError, run_script
 from minift.files import checkpoint, peft, weights
+from minift.files.weights import Base
 from minift.model.generate import generate
 from minift.model.gpt import GPT
-from minift.modes import lora
 from minift.options import Parser, add_options, flag, option, resolve
 from minift.report import compare, metrics
-from minift.run import config
-from minift.run.config import Config
+from minift.report.table import table
+from minift.run import config as configuration
+from minift.run.config import Config, TrainOptions
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    model: str | None = option(None, "the base, if it is not where the run found it (it must be the same "
-                                     "one), or if there are PEFT folders alone")
+    model: str | None = option(None, "the base, if it is not where the run found it (it must be the same one), or if "
+                                     "there are only PEFT folders")
     data: str | None = option(None, "score on the test rows of these pairs (default: the run's)")
-    test_rows: int | None = option(None, "score the first N test rows (default: all)")
-    general: str | None = option(None, "a text file outside the task: its loss before and after is the "
-                                       "forgetting (default: the run's)")
-    shown: int = option(3, "how many completions to show")
-    batch: int = option(16, "rows in a forward pass")
-    max_new_tokens: int = option(64, "length limit of generated texts")
-    prompt: str | None = option(None, "continue this text, as it stands; - reads it from standard input")
-    temperature: float = option(0.0, "of --prompt: 0 is greedy, 1 the model's own distribution")
-    top_k: int | None = option(None, "of --prompt: sample among the k likeliest tokens")
-    top_p: float | None = option(None, "of --prompt: sample among the likeliest tokens that hold this "
-                                       "probability")
-    seed: int = option(0, "of --prompt: seed of sampling")
-    describe: bool = option(False, "print what was learned, such as the tokens nearest to a soft prompt")
-    save: str | None = option(None, "write the tuned model as a Hugging Face folder, merged if need be")
-    save_peft: str | None = option(None, "write what was tuned as a PEFT folder: LoRA and soft prompts")
-    json: bool = option(False, "print one JSON object with base and tuned (or each folder), and nothing else")
-    dtype: str = option("auto", "what to compute in; auto: bf16 where the hardware has it", DTYPES)
-    device: str = option("auto", "where to compute", DEVICES)
+    test_rows: int | None = option(None, "score the first N test rows (default: all)", least=1)
+    general: str | None = option(None, "a text file outside the task: its loss before and after is the forgetting "
+                                       "(default: the run's)")
+    shown: int = option(3, "how many completions to show", least=0)
+    batch: int = option(16, "rows in a forward pass", least=1)
+    max_new_tokens: int = option(64, "length limit of generated texts", least=1)
+    prompt: str | None = option(None, "continue this text, without the run's template; - reads it from standard input")
+    temperature: float = option(0.0, "with --prompt: 0 is greedy, 1 the model's own distribution", least=0)
+    top_k: int | None = option(None, "with --prompt: sample among the k most likely tokens", least=1)
+    top_p: float | None = option(None, "with --prompt: sample among the most likely tokens that hold this probability",
+                                 above=0, most=1)
+    seed: int = option(0, "with --prompt: seed of sampling", least=0)
+    describe: bool = option(False, "print what the parameters learned, such as the tokens nearest to a soft prompt")
+    save: str | None = option(None, "write the tuned model as a Hugging Face folder, merged where needed")
+    save_peft: str | None = option(None, "write the tuned parameters as a PEFT folder: LoRA and soft prompts")
+    json: bool = option(False, "print one JSON object with the scores of base and tuned, and nothing else")
+    dtype: str = option("auto", "the dtype of activations; auto: bf16 where the hardware has it", choices=DTYPES)
+    device: str = option("auto", "where to compute", choices=DEVICES)
+    ops: str = option("fast", "plain: compute every operation by its plain reference", choices=("fast", "plain"))
 
 
-def load_tuned(folder: Path, asked: Config | None, base: GPT, base_name: str) -> tuple[GPT, str]:
-    """A second model on the base's weights with what the folder tuned, and its mode. A run's config.json,
-    `asked`, must agree with its file."""
-    model = base.share()
-    belongs = checkpoint.identity(base, asked.mode, asked.own, base_name) if asked else None
-    return model, checkpoint.load_tuned(folder, model, base_name, belongs)
-
-
-def check(options: EvalOptions, args: Any, folders: list[Path]) -> None:
-    """Refuse numbers and combinations of options that make no sense before anything is loaded."""
-    at_least = {"test_rows": 1, "shown": 0, "batch": 1, "max_new_tokens": 1, "seed": 0, "temperature": 0,
-                "top_k": 1}
-    for name, least in at_least.items():
-        if (value := getattr(options, name)) is not None and value < least:
-            raise UserError(f"{flag(name)} {value}: must be at least {least}")
-    for name in ("temperature", "top_k", "top_p", "seed"):
-        if getattr(args, name) is not None and options.prompt is None:
-            raise UserError(f"{flag(name)} is for generating: it needs --prompt TEXT")
-    saves = options.save or options.save_peft
-    if options.json and (options.prompt is not None or saves or options.describe):
-        raise UserError("--json prints scores: leave out --prompt, --save, --save-peft and --describe, or "
-                        "--json")
-    if saves and len(folders) > 1:
-        raise UserError("--save and --save-peft write one model: give them one folder")
-
-
-def complete(model: GPT, options: EvalOptions, rows: int) -> list[str]:
-    """Continuations of --prompt, which fills a batch of `rows` rows."""
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8") if options.prompt == "-" else options.prompt
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt -: standard input is not UTF-8 text: {error}") from None
-    ids = data.tokenize(model.tokenizer, [text])[0]
-    sampling = dict(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    new = generate(model, [ids] * rows, options.max_new_tokens, **sampling, seed=options.seed,
-                   stop=model.config.eos_token_id)
-    return [model.tokenizer.decode(tokens) for tokens in new]
-
-
-def show(scores: dict[str, dict[str, Any]], examples: list[data.Example], shown: int) -> None:
-    """Base and tuned in two columns, or several in a row each; then some completions."""
-    numbers = [name for name, value in scores["base"].items() if isinstance(value, float)]
-    if scores["base"]["general_loss"] is not None:
-        for score in scores.values():
-            score["forgetting"] = score["general_loss"] - scores["base"]["general_loss"]
-    if "tuned" in scores:
-        print(f"{'':16}{'base':>12}{'tuned':>12}")
-        for name in numbers:
-            print(f"{name:16}{scores['base'][name]:12.4f}{scores['tuned'][name]:12.4f}")
-        if "forgetting" in scores["tuned"]:
-            print(f"forgetting: {scores['tuned']['forgetting']:+.4f} nats a token on the general text")
-    else:
-        headings = {"name": "", **{name: name for name in (*numbers, "forgetting") if name in scores["base"]}}
-        print(compare.table([{"name": name, **score} for name, score in scores.items()], headings))
-    width = max(map(len, ("wanted", *scores)))
-    for i, example in enumerate(examples[:shown]):
-        print(f"\n{example.pair.where}\n  {'wanted':{width}} {example.pair.completion!r}")
-        for name, score in scores.items():
-            print(f"  {name:{width}} {score['completions'][i]!r}")
-
-
-@parallel.processes()
+@processes()
 def main(arguments: list[str]) -> None:
-    if parallel.WORLD > 1:
+    if WORLD_SIZE > 1:
         raise UserError("eval.py is one process: python eval.py ..., without torchrun")
     parser = Parser(prog="eval.py", description=__doc__)
     parser.add_argument("run", nargs="?", help="the folder of a run, or a PEFT folder")
     parser.add_argument("--adapter", action="append", default=[], metavar="DIR",
-                        help="the same; may be given several times: all of them on one base")
-    parser.add_argument("--compare", nargs="+", metavar="RUN", help="print a table of finished runs; write "
-                        "compare.md and, with matplotlib, compare.png beside them")
+                        help="the same; several times: all of them on one base")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="print a table of finished runs; write compare.md "
+                        "and, with matplotlib, compare.png beside them")
     add_options(parser, "options", EvalOptions)
     args = parser.parse_args(arguments)
     if args.compare:
@@ -135,74 +77,150 @@ def main(arguments: list[str]) -> None:
     folders = list(dict.fromkeys(Path(name) for name in (args.run, *args.adapter) if name is not None))
     if not folders:
         parser.error("which run? give its folder, or --adapter DIR once or more")
-    check(options, args, folders)
-    asked = {folder: None if peft.is_folder(folder) else config.load(folder) for folder in folders}
-    first = next(filter(None, asked.values()), None)  # says what to score on, and the base
-    if first is None and options.model is None:
-        raise UserError(f"{folders[0]} is a PEFT folder, which does not hold its base: give --model")
-    base_name = options.model or first.train.model
-    base, device = weights.load(base_name), choose_device(options.device)
-    base.requires_grad_(False)
+    check_flags(options, args, folders)
+    ops.plain = options.ops == "plain"
+    configure_process()
+
+    # a PEFT folder has no configuration: the first run's says which base and rows
+    configs = {folder: None if peft.is_folder(folder) else configuration.load(folder) for folder in folders}
+    first = next((config for config in configs.values() if config is not None), None)
+    base = load_base(options, first, folders)
     if options.save or options.save_peft:
-        save(*load_tuned(folders[0], asked[folders[0]], base, base_name), folders[0], options, base_name)
+        save(base, folders[0], configs[folders[0]], options)
         return
-    base.set_compute_dtype(choose_dtype(options.dtype, device))
-    data.require_tokenizer(base)
-    base.to(device)
-    tuned = {folder: load_tuned(folder, asked[folder], base, base_name) for folder in folders}
-    if options.prompt is None and not options.describe:
-        score_all(base, tuned, first, options)
-        return
-    models = [model for model, _ in tuned.values()]
-    if options.prompt is not None and len(models) == 1:
-        print(complete(models[0], options, 1)[0])
-    elif options.prompt is not None:
-        mixed = lora.mix(base, models)
-        lora.choose(mixed, range(-1, len(models)))
-        for name, text in zip(("base", *folders), complete(mixed, options, 1 + len(models)), strict=True):
-            print(f"{name}: {text}")
+    base.model.set_compute_dtype(choose_dtype(options.dtype, choose_device(options.device)))
+    base.model.to(choose_device(options.device))
+    if base.tokenizer is None:
+        raise UserError(f"{base.folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, there")
+    tuned = {folder: load_tuned(base, folder, configs[folder]) for folder in folders}
+    if options.prompt is not None:
+        print_continuations(base, tuned, options)
     if options.describe:
         for model, mode in tuned.values():
-            print("\n".join(modes.describe(model, mode)))
+            print("\n".join(modes.describe(model, mode, base.tokenizer)))
+    if options.prompt is None and not options.describe:
+        score_all(base, tuned, first, options)
 
 
-def save(model: GPT, mode: str, folder: Path, options: EvalOptions, base_name: str) -> None:
+def check_flags(options: EvalOptions, args: Any, folders: list[Path]) -> None:
+    """Refuse combinations of options that make no sense, before anything is loaded."""
+    for name in ("temperature", "top_k", "top_p", "seed"):
+        if getattr(args, name) is not None and options.prompt is None:
+            raise UserError(f"{flag(name)} is for generating: it needs --prompt TEXT")
+    saves = options.save or options.save_peft
+    if options.json and (options.prompt is not None or saves or options.describe):
+        raise UserError("--json prints scores: leave out --prompt, --save, --save-peft and --describe, or --json")
+    if saves and len(folders) > 1:
+        raise UserError("--save and --save-peft write one model: give them one folder")
+
+
+def load_base(options: EvalOptions, first: Config | None, folders: list[Path]) -> Base:
+    if options.model is None and first is None:
+        raise UserError(f"{folders[0]} is a PEFT folder, which does not hold its base: give --model")
+    return weights.load(options.model or first.train.model)
+
+
+def load_tuned(base: Base, folder: Path, config: Config | None) -> tuple[GPT, str]:
+    """A second model on the base's weights with a folder's tuned parameters, and its mode. A run's config.json must
+    agree with its tuned file."""
+    tuned = checkpoint.read_tuned(folder, base.model.config)
+    if config is not None:
+        expected = checkpoint.base_metadata(base.fingerprint, config.mode, config.mode_options, base.name)
+        checkpoint.check_tuned_belongs(tuned, expected)
+    model = base.model.shared_copy()
+    checkpoint.apply_tuned(model, tuned)
+    return model, tuned.mode
+
+
+def save(base: Base, folder: Path, config: Config | None, options: EvalOptions) -> None:
     """--save and --save-peft."""
+    model, mode = load_tuned(base, folder, config)
     if options.save_peft:
-        peft.save(Path(options.save_peft), model, mode, base_name)
+        peft.save(Path(options.save_peft), model, mode, base.name)
         print(f"{options.save_peft}: {mode} of {folder} as a PEFT folder")
     if options.save:
         modes.merge(model, mode)
-        weights.save_folder(model, Path(options.save))
+        weights.save_folder(base, model, Path(options.save))
         print(f"{options.save}: {mode} of {folder} as a Hugging Face folder")
 
 
-def score_all(base: GPT, tuned: dict[Path, tuple[GPT, str]], first: Config | None,
-              options: EvalOptions) -> None:
-    """The default job: the same test rows with the base and with each tuned model on it."""
+def print_continuations(base: Base, tuned: dict[Path, tuple[GPT, str]], options: EvalOptions) -> None:
+    """The continuation of --prompt; with several folders the base's too, each behind its name."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8") if options.prompt == "-" else options.prompt
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt -: standard input is not UTF-8 text: {error}") from None
+    ids = dataset.tokenize(base.tokenizer, [text])[0]
+    models = {str(folder): model for folder, (model, _) in tuned.items()}
+    if len(models) > 1:
+        models = {"base": base.model, **models}
+    for name, model in models.items():
+        new = generate(model, [ids], options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
+                       top_p=options.top_p, seed=options.seed, stop=base.eos_token_id)
+        continuation = base.tokenizer.decode(new[0])
+        print(f"{name}: {continuation}" if len(models) > 1 else continuation)
+
+
+def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | None, options: EvalOptions) -> None:
+    """The default job: score base and tuned models on the same test rows."""
     if first is None and options.data is None:
-        raise UserError("a PEFT folder does not say what to score it on: give --data")
-    pairs_from = first.data if options.data is None else data.DataOptions(options.data)
-    room = base.config.n_positions - max(model.prompt_tokens for model, _ in tuned.values())
-    seed = first.train.seed if first else config.TrainOptions.seed
-    examples, lines = data.load_examples(pairs_from, seed, base, room, {"test": options.test_rows})
-    if not examples["test"]:
-        raise UserError(f"{pairs_from.data}: there are no test rows to score")
+        raise UserError("a PEFT folder does not say which rows to score it on: give --data")
+    data = first.data if options.data is None else DataOptions(options.data)
+    room = base.model.config.n_positions - max(model.prompt_tokens for model, _ in tuned.values())
+    seed = first.train.seed if first else TrainOptions.seed
+    rows, lines = dataset.load_examples(data, seed, base.tokenizer, base.eos_token_id, room,
+                                        {"test": options.test_rows})
+    examples = rows["test"]
+    if not examples:
+        raise UserError(f"{data.data}: there are no test rows to score")
     general_file = options.general or (first.train.general if first else None)
-    general = data.read_text(general_file) if general_file else None
-    names = map(str, tuned) if len(tuned) > 1 else ["tuned"]
-    models = {"base": base} | {name: model for name, (model, _) in zip(names, tuned.values(), strict=True)}
-    scores = {name: metrics.score(model, examples["test"], options.batch, options.max_new_tokens, general)
-              for name, model in models.items()}
+    general_text = dataset.read_text(general_file) if general_file else None
+    models = {"base": base.model}
+    for folder, (model, _) in tuned.items():
+        models[str(folder) if len(tuned) > 1 else "tuned"] = model
+    scores = {}
+    for name, model in models.items():
+        scores[name] = metrics.score(model, base.tokenizer, base.eos_token_id, examples, options.batch,
+                                     options.max_new_tokens, general_text)
     if options.json:
         print(json.dumps(scores))
         return
     print("\n".join(f"  {line}" for line in lines))
-    if general and any(model.prompt_tokens for model, _ in tuned.values()):
-        print("  the general text is read with the soft prompt attached")
+    if general_text and any(model.prompt_tokens for model, _ in tuned.values()):
+        print("  the general text is read with the soft prompt in front")
     made = ", ".join(f"{mode} of {folder}" for folder, (_, mode) in tuned.items())
-    print(f"{made}, {len(examples['test'])} test rows")
-    show(scores, examples["test"], options.shown)
+    print(f"{made}, {len(examples)} test rows")
+    print_scores(scores)
+    print_completions(scores, examples[: options.shown])
+
+
+def print_scores(scores: dict[str, dict[str, Any]]) -> None:
+    """Base and tuned in two columns, or several models in a row each."""
+    base = scores["base"]
+    numbers = [name for name, value in base.items() if isinstance(value, float)]
+    if base["general_loss"] is not None:
+        for score in scores.values():
+            score["forgetting"] = score["general_loss"] - base["general_loss"]
+    if "tuned" in scores:
+        print(f"{'':16}{'base':>12}{'tuned':>12}")
+        for name in numbers:
+            print(f"{name:16}{base[name]:12.4f}{scores['tuned'][name]:12.4f}")
+        if "forgetting" in base:
+            print(f"forgetting: {scores['tuned']['forgetting']:+.4f} nats per token on the general text")
+    else:
+        columns = {"name": ("", str)}
+        for name in (*numbers, "forgetting"):
+            if name in base:
+                columns[name] = (name, "{:.4f}".format)
+        print(table([{"name": name, **score} for name, score in scores.items()], columns))
+
+
+def print_completions(scores: dict[str, dict[str, Any]], examples: list[Example]) -> None:
+    width = max(map(len, ("reference", *scores)))
+    for i, example in enumerate(examples):
+        print(f"\n{example.pair.where}\n  {'reference':{width}} {example.pair.completion!r}")
+        for name, score in scores.items():
+            print(f"  {name:{width}} {score['completions'][i]!r}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Options are frozen dataclasses: each field carries its help, and the command line is made from them.
+"""Options are frozen dataclasses. Each field has its help text and bounds; the command line is made from them.
 
-Every flag starts as None, so that a value's origin is known: the command line, the mode's own default, or the
-default.
+Every flag starts as None, so that the origin of a value is known: the command line, the mode's own default, or
+the default.
 """
 
 import argparse
@@ -16,15 +16,20 @@ from minift.errors import UserError
 T = TypeVar("T")
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with the text and the choices that its command-line flag shows."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str | None = None, *, choices: tuple[str, ...] | None = None,
+           least: float | None = None, most: float | None = None, above: float | None = None,
+           below: float | None = None) -> Any:
+    """A dataclass field with its help text, its choices and its bounds (`least` and `most` included, `above`
+    and `below` not). Without a help text it has no flag."""
+    bounds = {"least": least, "most": most, "above": above, "below": below}
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints as one-line UserErrors and no guessing of abbreviated flags."""
+    """argparse, with its errors as one-line UserErrors and no guessing of abbreviated flags."""
 
     def __init__(self, **settings: Any):
+        self.kinds: dict[str, type] = {}  # the type of each flag
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -32,14 +37,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message:.300} ({self.prog} --help lists every option)")
 
 
-def finite(text: str) -> float:
+def parse_float(text: str) -> float:
+    """A finite number. Raises ValueError."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError
     return value
 
 
-def whole(text: str) -> int:
+def parse_int(text: str) -> int:
+    """An integer that a float can hold exactly. Raises ValueError."""
     value = int(text)
     if abs(value) > 2**53:
         raise ValueError
@@ -50,29 +57,62 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_options(parser: argparse.ArgumentParser, title: str, options: type) -> None:
-    """One group of flags, one flag for each field of the dataclass `options`."""
+def add_options(parser: Parser, title: str, options: type) -> None:
+    """One group of flags, one flag for each field of the dataclass `options` that has a help text. A flag that
+    an earlier group has already (two modes may share one) is only named."""
     group = parser.add_argument_group(title)
-    hints = typing.get_type_hints(options)
+    shared = []
     for field in dataclasses.fields(options):
-        kind = hints[field.name]
-        if isinstance(kind, types.UnionType):  # `int | None`: the flag takes an int
-            kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        text, choices = field.metadata["help"].replace("%", "%%"), field.metadata["choices"]
-        if field.default is not None and kind is not bool:
-            text += f" (default {field.default})"
+        help, choices = field.metadata["help"], field.metadata["choices"]
+        if help is None:
+            continue
+        name, kind = flag(field.name), value_type(options, field.name)
+        if name in parser.kinds:
+            if parser.kinds[name] != kind:
+                raise TypeError(f"{title}: {name} is {kind.__name__} here and another type in an earlier group")
+            shared.append(name)
+            continue
+        parser.kinds[name] = kind
+        help = help.replace("%", "%%")
         if kind is bool:
-            group.add_argument(flag(field.name), default=None, help=text,
-                               action=argparse.BooleanOptionalAction)
-        else:
-            group.add_argument(flag(field.name), default=None, help=text, choices=choices,
-                               type={float: finite, int: whole}.get(kind, kind),
-                               metavar=None if choices else kind.__name__.upper())
+            group.add_argument(name, default=None, help=help, action=argparse.BooleanOptionalAction)
+            continue
+        if field.default is not None:
+            help += f" (default {field.default})"
+        parse = {float: parse_float, int: parse_int}.get(kind, kind)
+        metavar = None if choices else kind.__name__.upper()
+        group.add_argument(name, default=None, help=help, choices=choices, type=parse, metavar=metavar)
+    if shared:
+        group.description = f"also {', '.join(shared)}, described above"
+
+
+def value_type(options: type, name: str) -> type:
+    """The type of a field's values: int for `int | None`."""
+    hint = typing.get_type_hints(options)[name]
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def check_bounds(options: Any) -> None:
+    """Raises UserError for a value outside the bounds that its field declares."""
+    for field in dataclasses.fields(options):
+        value, bounds = getattr(options, field.name), field.metadata["bounds"]
+        if value is None:
+            continue
+        for word, bound, broken in (
+            ("at least", bounds["least"], lambda value, bound: value < bound),
+            ("at most", bounds["most"], lambda value, bound: value > bound),
+            ("above", bounds["above"], lambda value, bound: value <= bound),
+            ("below", bounds["below"], lambda value, bound: value >= bound),
+        ):
+            if bound is not None and broken(value, bound):
+                raise UserError(f"{flag(field.name)} {value}: must be {word} {bound:,}")
 
 
 def from_json(options: type[T], raw: Any, where: str) -> T:
-    """The dataclass from a parsed JSON object, with its defaults for what is not there. Raises UserError for
-    unknown names and for values of the wrong kind."""
+    """The dataclass from a parsed JSON object, with its defaults for missing names. Raises UserError for
+    unknown names and for values of the wrong type."""
     if not isinstance(raw, dict):
         raise UserError(f"{where} cannot be used: {options.__name__} is {raw!r:.60}, and must be an object")
     hints = typing.get_type_hints(options)
@@ -81,8 +121,8 @@ def from_json(options: type[T], raw: Any, where: str) -> T:
             raise UserError(f"{where} cannot be used: {name!r:.60} is no option of this version: update it")
         kinds = typing.get_args(hints[name]) or (hints[name],)
         choices = options.__dataclass_fields__[name].metadata.get("choices")
-        if type(value) not in kinds and not (type(value) is int and float in kinds) or (
-                choices and value not in choices):
+        right_type = type(value) in kinds or (type(value) is int and float in kinds)
+        if not right_type or (choices and value not in choices):
             allowed = ", ".join(choices or (kind.__name__ for kind in kinds))
             raise UserError(f"{where} cannot be used: {name} is {value!r:.60}, and must be {allowed}")
     return options(**raw)
@@ -90,15 +130,17 @@ def from_json(options: type[T], raw: Any, where: str) -> T:
 
 def resolve(options: type[T], args: argparse.Namespace,
             overrides: dict[str, tuple[Any, str]]) -> tuple[T, dict[str, tuple[Any, str]]]:
-    """The dataclass filled from the command line, else from `overrides`, else by default; and where each
-    value came from. Overrides and origins are {field: (value, origin)}."""
+    """The dataclass filled from the command line, else from `overrides`, else by default; and the origin of each
+    value. Overrides and origins are {field: (value, origin)}. Raises UserError for a value out of bounds."""
     origins = {}
     for field in dataclasses.fields(options):
-        given = getattr(args, field.name)
+        given = getattr(args, field.name, None)
         if given is not None:
             origins[field.name] = (given, "command line")
         elif field.name in overrides:
             origins[field.name] = overrides[field.name]
         else:
             origins[field.name] = (field.default, "default")
-    return options(**{name: value for name, (value, _) in origins.items()}), origins
+    resolved = options(**{name: value for name, (value, _) in origins.items()})
+    check_bounds(resolved)
+    return resolved, origins

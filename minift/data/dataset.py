@@ -66,6 +66,11 @@ class Example(Row):
 
     pair: Pair
 
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the last span: what a completion is generated from."""
+        return self.ids[: self.spans[-1][0]]
+
 
 @dataclass
 class Counts:
@@ -293,12 +298,6 @@ def _text_report(counts: list[Counts], rows: int, options: DataOptions) -> list[
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         lines.append(f"control tokens in the texts: {names}{more} (--control-tokens text reads them as text)")
     return lines
-
-
-def require_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer:
-    if tokenizer is None:
-        raise UserError(f"{folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, there")
-    return tokenizer
 
 
 def load_examples(options: DataOptions, seed: int, tokenizer: Tokenizer, eos_id: int, room: int,

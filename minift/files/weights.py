@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from minift.device import page_out
+from minift.device import configure_process, release_pages
 from minift.errors import UserError, tokenizer_faults
 from minift.files import safetensors
 from minift.model.gpt import GPT, GPTConfig
@@ -36,24 +36,36 @@ MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks th
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def load(name: str) -> GPT:
-    """The model of `name`, a folder's path or a name in HUB, in fp32 on the CPU, with `tokenizer`, `folder`
-    and `fingerprint` set. Weights of a safetensors file stay there, mapped, until another dtype or training
-    needs a copy. Raises UserError."""
-    folder = find_folder(name)
-    model = blank(folder)
+@dataclass(frozen=True)
+class Base:
+    """A loaded model with what belongs to it. `model` is frozen and stays untouched: a run tunes a shared copy."""
+
+    name: str
+    folder: Path
+    model: GPT
+    tokenizer: Tokenizer | None
+    fingerprint: str | None
+
+    @property
+    def eos_token_id(self):
+        return self.model.config.eos_token_id
+
+
+def load(name: str) -> Base:
+    configure_process()
+    base = load_on_meta(name)
+    folder, model = base.folder, base.model
     tensors = canonical(read_tensors(folder), str(folder))
     check_tensors(tensors, {key: p.shape for key, p in model.named_parameters()}, str(folder))
     for key in filter(CONV1D.fullmatch, list(tensors)):
         tensors[key] = tensors[key].T
     model.load_state_dict(tensors, assign=True)
-    model.fingerprint = fingerprint(model)
-    return model
+    model.requires_grad_(False)
+    return replace(base, fingerprint=fingerprint(model))
 
 
-def blank(folder: Path) -> GPT:
-    """The model that a folder's config.json describes, with its tokenizer, on the meta device: shapes, no
-    weights. Raises UserError."""
+def load_on_meta(name: str) -> Base:
+    folder = find_folder(name)
     config = GPTConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     if config.n_layer > 1000:
         raise UserError(f"{folder / 'config.json'}: n_layer is {config.n_layer}, and 1,000 is as far as this "
@@ -64,8 +76,7 @@ def blank(folder: Path) -> GPT:
     except (RuntimeError, OverflowError, TypeError) as error:  # a tensor too large for torch to describe
         why = str(error).splitlines()[0][:100]
         raise UserError(f"{folder / 'config.json'}: no model can have these sizes: {why}") from None
-    model.folder, model.tokenizer = folder, load_tokenizer(folder, config)
-    return model
+    return Base(name, folder, model, load_tokenizer(folder, config), None)
 
 
 def find_folder(name: str) -> Path:
@@ -224,7 +235,7 @@ def fingerprint(model: GPT) -> str:
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
         digest.update(parameter.detach().contiguous().numpy().data)
-        page_out(parameter)
+        release_pages(parameter)
     return digest.hexdigest()[:32]
 
 
@@ -239,7 +250,7 @@ def make_folder(folder: Path) -> None:
 
 
 @torch.no_grad()
-def save_folder(model: GPT, folder: Path) -> None:
+def save_folder(base: Base, model: GPT, folder: Path) -> None:
     """Write a plain GPT-2 as a Hugging Face folder, in fp32: config.json, model.safetensors, the tokenizer's
     files.
 
@@ -254,14 +265,14 @@ def save_folder(model: GPT, folder: Path) -> None:
         tensor = state[name].T if CONV1D.fullmatch(name) else state[name]
         tensors[f"transformer.{name}"] = tensor.float().contiguous()
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
-    if model.folder is not None:
-        config |= read_json(model.folder / "config.json")
+    if base.folder is not None:
+        config |= read_json(base.folder / "config.json")
         for file in (*TOKENIZER_FILES, *OTHER_FILES):
-            if (model.folder / file).is_file():
-                shutil.copyfile(model.folder / file, folder / file)
+            if (base.folder / file).is_file():
+                shutil.copyfile(base.folder / file, folder / file)
     config |= asdict(model.config) | {"dtype": "float32", "tie_word_embeddings": True}
     config.pop("torch_dtype", None)  # the older name of dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES) and model.tokenizer is not None:
-        model.tokenizer.save(str(folder / "tokenizer.json"))
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES) and base.tokenizer is not None:
+        base.tokenizer.save(str(folder / "tokenizer.json"))
     safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})

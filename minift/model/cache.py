@@ -1,71 +1,79 @@
-"""Keys and values, kept while rows grow by a token at a time."""
+"""Keys and values of all blocks, kept while rows grow by one token at a time."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minift.ops.attention import Rows
+from minift.ops.attention import PackedRows
 
-TOGETHER = 4  # rows that are attended together on a CPU
+ROWS_PER_CALL = 4  # rows that one attention call takes on a CPU
 
 
 class KVCache:
-    """Keys and values of all blocks, of rows that begin with `lengths` tokens and grow by at most `new`.
+    """Keys and values of B rows that begin with `seqlens` tokens each and grow by at most `max_new_tokens`.
 
-    A token at position p of a row sits in slot p, so rows of different lengths need no left padding: what
-    lies beyond a row's own position is masked, and overwritten as the row grows. The rows lie in order of
-    their lengths, `order` says which ones (`places` the other way round), and a CPU attends a few at a time,
-    which have as many slots as the longest of them needs: for 16 rows of 34 to 397 tokens that takes half
-    the memory, and two thirds of the time.
+    A token at position p of its row lies in slot p, so rows of different lengths need no left padding: slots
+    beyond a row's own position are masked, and overwritten as the row grows.
+
+    Rows are sorted by length. On a CPU four rows share an attention call, with as many slots as the longest of
+    the four needs: for 16 rows of 34 to 397 tokens that takes half the memory and two thirds of the time of
+    one call. `order` (B,) gives the sorted rows, `inverse_order` their way back.
     """
 
-    def __init__(self, n_layer: int, n_head: int, hs: int, lengths: list[int], new: int, dtype: torch.dtype,
-                 device: torch.device):
-        order, B = sorted(range(len(lengths)), key=lambda row: lengths[row]), len(lengths)
+    def __init__(self, n_layer: int, n_head: int, hs: int, seqlens: list[int], max_new_tokens: int,
+                 dtype: torch.dtype, device: torch.device):
+        B = len(seqlens)
+        order = sorted(range(B), key=lambda row: seqlens[row])
         self.order = torch.tensor(order, device=device)
-        self.places = self.order.argsort()
-        self.lengths = [lengths[row] for row in order]
-        self.groups, firsts, end = [], [], 0  # rows, and where in memory their heads' slots are
-        together = TOGETHER if device.type == "cpu" else B
-        for start in range(0, B, together):
-            rows = slice(start, min(start + together, B))
-            slots, heads = self.lengths[rows.stop - 1] + new, (rows.stop - start) * n_head
-            firsts.append(end + slots * torch.arange(heads).view(-1, n_head))
+        self.inverse_order = self.order.argsort()
+        self.seqlens = [seqlens[row] for row in order]
+        self.groups: list[tuple[slice, slice]] = []  # rows of one call, and their part of the slots
+        slot_offset, end = [], 0
+        rows_per_call = ROWS_PER_CALL if device.type == "cpu" else B
+        for start in range(0, B, rows_per_call):
+            rows = slice(start, min(start + rows_per_call, B))
+            slots = self.seqlens[rows.stop - 1] + max_new_tokens  # of the longest row
+            heads = (rows.stop - rows.start) * n_head
+            slot_offset.append(end + slots * torch.arange(heads).view(-1, n_head))
             self.groups.append((rows, slice(end, end + heads * slots)))
             end += heads * slots
-        self.firsts = torch.cat(firsts).to(device)  # (B, nh), in memory
+        self.slot_offset = torch.cat(slot_offset).to(device)  # (B, nh): the slot of each row's position 0
         self.k = torch.zeros(n_layer, end, hs, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
 
-    def put(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
-        """Tokens' k and v (N, nh, hs) into `places` (N nh)."""
-        self.k[layer].index_copy_(0, places, k.flatten(0, 1))
-        self.v[layer].index_copy_(0, places, v.flatten(0, 1))
+    def put(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write tokens' k and v (N, nh, hs) into `slots` (N nh,)."""
+        self.k[layer].index_copy_(0, slots, k.flatten(0, 1))
+        self.v[layer].index_copy_(0, slots, v.flatten(0, 1))
 
-    def prefill(self, layer: int, qkv: Tensor, rows: Rows) -> None:
-        """What the rows' first tokens, qkv (N, 3C), give to the cache."""
-        numbers, positions = rows.numbers[: rows.real], rows.positions[: rows.real]
-        _, k, v = qkv[: rows.real].unflatten(1, (3, self.firsts.shape[1], -1)).unbind(1)
-        self.put(layer, (self.firsts[self.places[numbers]] + positions[:, None]).flatten(), k, v)
+    def prefill(self, layer: int, qkv: Tensor, rows: PackedRows) -> None:
+        """Write the keys and values of the rows' first tokens, qkv (N, 3C)."""
+        real = rows.num_tokens
+        offset = self.slot_offset[self.inverse_order[rows.row_ids[:real]]]  # (N, nh)
+        _, k, v = qkv[:real].unflatten(1, (3, offset.shape[1], -1)).unbind(1)  # each (N, nh, hs)
+        self.put(layer, (offset + rows.positions[:real, None]).flatten(), k, v)
 
-    def grow(self) -> Tensor:
-        """A new token in every row: gives their positions (B,), in the cache's order."""
-        positions = torch.tensor(self.lengths, device=self.k.device)
-        self.new_places = (self.firsts + positions[:, None]).flatten()
-        self.lengths = [n + 1 for n in self.lengths]
-        self.seen = []
+    def advance(self) -> Tensor:
+        """Make room for one more token in every row. Returns their positions (B,), in the cache's order."""
+        positions = torch.tensor(self.seqlens, device=self.k.device)
+        self.new_slots = (self.slot_offset + positions[:, None]).flatten()  # (B nh,)
+        self.seqlens = [seqlen + 1 for seqlen in self.seqlens]
+        self.masks = []  # for each group (b, 1, 1, slots in use): whether a row has a token there
         for rows, _ in self.groups:
-            used = torch.arange(self.lengths[rows.stop - 1], device=positions.device)  # slots, of the longest
-            self.seen.append((used <= positions[rows, None])[:, None, None])  # (b, 1, 1, used)
+            slots = torch.arange(self.seqlens[rows.stop - 1], device=positions.device)
+            self.masks.append((slots <= positions[rows, None])[:, None, None])
         return positions
 
     def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
-        """The new tokens' qkv (B, 3C) -> what they make of their rows, themselves included, (B, C)."""
-        q, k, v = qkv.unflatten(1, (3, self.firsts.shape[1], -1)).unbind(1)  # (B, nh, hs)
-        self.put(layer, self.new_places, k, v)
+        """Attention of each new token over its row, including itself: qkv (B, 3C) -> (B, C)."""
+        n_head = self.slot_offset.shape[1]
+        q, k, v = qkv.unflatten(1, (3, n_head, -1)).unbind(1)  # each (B, nh, hs)
+        self.put(layer, self.new_slots, k, v)
         y = torch.empty_like(q)
-        for (rows, memory), seen in zip(self.groups, self.seen, strict=True):
-            shape = rows.stop - rows.start, q.shape[1], -1, q.shape[2]
-            past = [x[layer, memory].view(shape)[:, :, : seen.shape[3]] for x in (self.k, self.v)]
-            y[rows] = F.scaled_dot_product_attention(q[rows, :, None], *past, seen, scale=scale)[:, :, 0]
+        for (rows, slots), mask in zip(self.groups, self.masks, strict=True):
+            shape, in_use = (rows.stop - rows.start, n_head, -1, q.shape[2]), mask.shape[3]
+            keys = self.k[layer, slots].view(shape)[:, :, :in_use]  # (b, nh, slots, hs)
+            values = self.v[layer, slots].view(shape)[:, :, :in_use]
+            out = F.scaled_dot_product_attention(q[rows, :, None], keys, values, mask, scale=scale)
+            y[rows] = out[:, :, 0]
         return y.flatten(1)

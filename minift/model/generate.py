@@ -1,5 +1,4 @@
-"""Text out of a model: greedy or sampled, with a key-value cache, for prompts of different lengths at
-once."""
+"""Generation, greedy or sampled, with a key-value cache, for prompts of different lengths at once."""
 
 import torch
 from torch import Tensor
@@ -7,14 +6,15 @@ from torch import Tensor
 from minift.errors import UserError
 from minift.model.cache import KVCache
 from minift.model.gpt import GPT
+from minift.model.packing import Batch, Row
 
 
 def next_tokens(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
                 generator: torch.Generator) -> Tensor:
-    """(B, V) logits -> (B,) tokens. Temperature 0 is greedy; top_k keeps the k likeliest tokens, and those
-    as likely as the k-th; top_p the fewest likeliest that together hold at least that probability (Holtzman
-    et al. 2020)."""
-    if temperature < 1e-6:  # logits divided by less could overflow, and the argmax is all they would give
+    """(B, V) logits -> (B,) tokens. Temperature 0 is greedy. top_k keeps the k most likely tokens (ties with
+    the k-th included); top_p keeps the fewest most likely tokens whose probabilities sum to at least top_p
+    (Holtzman et al. 2020)."""
+    if temperature < 1e-6:  # dividing by less could overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None:
@@ -22,8 +22,8 @@ def next_tokens(logits: Tensor, temperature: float, top_k: int | None, top_p: fl
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p is not None:
         ordered, order = logits.sort(descending=True)
-        share = ordered.softmax(-1)
-        beyond = share.cumsum(-1) - share >= top_p  # the probability before this token is enough already
+        probs = ordered.softmax(-1)
+        beyond = probs.cumsum(-1) - probs >= top_p  # the tokens before this one are enough
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
@@ -32,11 +32,10 @@ def next_tokens(logits: Tensor, temperature: float, top_k: int | None, top_p: fl
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0,
              stop: int | None = None) -> list[list[int]]:
-    """Continue each prompt (token ids) by at most `max_new_tokens` tokens; gives the new ids alone, `stop`
-    left out.
+    """Continue each prompt (token ids, of any lengths) by at most `max_new_tokens` tokens. Returns the new ids,
+    without `stop`, the token that ends a row (None: nothing does).
 
-    Prompts may differ in length. `stop` is the token that ends a row (GPT-2: config.eos_token_id); None never
-    stops. Raises UserError for an empty prompt, sampling settings out of range, or a row beyond the model's
+    Raises UserError for an empty prompt, sampling settings out of range, or a row beyond the model's
     positions.
     """
     if not prompts:
@@ -47,31 +46,34 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
         raise UserError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: temperature must be 0 or "
                         "more, top_k 1 or more, top_p above 0 and at most 1")
     P, longest = model.prompt_tokens, max(map(len, prompts))
-    if P + longest + max_new_tokens > model.config.n_positions:
-        soft = f"{P} of the soft prompt + " if P else ""
-        raise UserError(f"{soft}{longest} prompt tokens + {max_new_tokens} new ones pass the model's "
-                        f"{model.config.n_positions} positions: shorten the prompt or lower --max-new-tokens")
-    was_training, device = model.training, model.device
+    config, device = model.config, model.device
+    if P + longest + max_new_tokens > config.n_positions:
+        reserved = f"{P} of the soft prompt + " if P else ""
+        raise UserError(f"{reserved}{longest} prompt tokens + {max_new_tokens} new ones exceed the model's "
+                        f"{config.n_positions} positions: shorten the prompt or lower --max-new-tokens")
+    was_training = model.training
     model.eval()
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-    lengths = [len(prompt) for prompt in prompts]
-    config = model.config
-    cache = KVCache(config.n_layer, config.n_head, config.n_embd // config.n_head, [P + n for n in lengths],
-                    max_new_tokens, model.compute_dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
-    ends = torch.tensor([row * longest + n - 1 for row, n in enumerate(lengths)], device=device)
-    last = model.hidden(ids.to(device), lengths, ends, cache)  # (B, C)
     new, running = [[] for _ in prompts], [True] * len(prompts)
-    for step in range(max_new_tokens):
-        tokens = next_tokens(model.logits(last), temperature, top_k, top_p, generator)
-        for row, token in enumerate(tokens.tolist()):
-            running[row] = running[row] and token != stop
-            if running[row]:
-                new[row].append(token)
-        if not any(running) or step == max_new_tokens - 1:
-            break
-        last = model.next_hidden(tokens, cache)
+    with model.constant_parameters():
+        batch, last = pack_prompts(model, prompts)
+        cache = KVCache(config.n_layer, config.n_head, config.n_embd // config.n_head, batch.rows.seqlens,
+                        max_new_tokens, model.compute_dtype, device)
+        hidden = model.hidden(batch, last, cache)  # (B, C)
+        for step in range(max_new_tokens):
+            tokens = next_tokens(model.logits(hidden), temperature, top_k, top_p, generator)
+            for row, token in enumerate(tokens.tolist()):
+                running[row] = running[row] and token != stop
+                if running[row]:
+                    new[row].append(token)
+            if not any(running) or step == max_new_tokens - 1:
+                break
+            hidden = model.next_hidden(tokens, cache)
     model.train(was_training)
     return new
+
+
+def pack_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Batch, Tensor]:
+    """Prompts as a batch without targets, and the index (B,) of each prompt's last token."""
+    batch = model.pack([Row([*prompt, 0], ()) for prompt in prompts])  # pack leaves out the last token
+    return batch, batch.rows.cu_seqlens[1:].long() - 1

@@ -1,33 +1,34 @@
-"""GPT-2 by hand: a decoder-only Transformer with pre-norm blocks, fused qkv, learned positions and a tied
-head.
+"""GPT-2 by hand: a decoder-only Transformer with pre-norm blocks, fused query, key and value, learned positions
+and an output head tied to the token embedding (Radford et al. 2019).
 
 Module names are those of Hugging Face's GPT-2 (wte, wpe, h.0.attn.c_attn, ...), so that a parameter has one
-name everywhere. Every weight is stored as (out, in), like torch's Linear; minift/weights.py turns GPT-2's
-files round. Letters in shape comments: B rows, T tokens of the longest, N tokens of all rows, C = n_embd,
-nh heads, hs = C / nh, V vocabulary, P soft-prompt tokens.
+name everywhere. Every weight is stored as (out, in), like torch's Linear; GPT-2's files have (in, out), which
+minift/files/weights.py transposes.
+
+Letters in shape comments, in the whole project: N tokens of all rows, n target positions, B rows, C = n_embd,
+nh heads, hs = C / nh, V vocabulary, r rank, P reserved positions in front of each row (a soft prompt).
 """
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minift.device import by_onednn
+from minift.device import release_pages, uses_onednn_bf16
 from minift.errors import UserError
 from minift.model.cache import KVCache
-from minift.ops.attention import Rows, attention
+from minift.model.packing import Batch, Row, pack
+from minift.ops.attention import PackedRows, attention
 from minift.ops.cross_entropy import head_loss
 from minift.ops.gelu import gelu_new
 from minift.ops.linear import linear
-
-IGNORE = -100  # a target that is not learned: the prompt's tokens and the padding
 
 ACTIVATIONS = {
     "gelu_new": gelu_new,
@@ -94,11 +95,18 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype: frozen weights already have it, tuned ones stay in
-    fp32."""
+    """A linear layer that computes in its input's dtype: frozen weights are stored in it, tuned ones stay in
+    fp32 and are cast here. Modes replace it by subclasses."""
+
+    kernel = "auto"  # the implementation of a low-rank update, where a subclass has one; see GPT.set_kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return linear(x, self.weight.to(x.dtype), bias)
+
+    def set_constant(self, constant: bool) -> None:
+        """True: parameters do not change until the call with False, so a subclass may keep tensors that it
+        derives from them (a cast, a norm). Decoding makes both calls."""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -110,30 +118,45 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention; query, key and value come out of one fused matrix."""
+    """Causal multi-head self-attention. Query, key and value are the outputs of one fused matrix.
+
+    `prefix` is the slot for prefix tuning: a module whose `weight` (P, 2C) has keys and values. They replace
+    those of the P reserved positions in front of each row, so every token of a row attends to them.
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.prefix: nn.Module | None = None
         self.layer, self.n_head = layer, config.n_head
         self.scale = 1 / math.sqrt(config.n_embd // config.n_head) if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def forward(self, x: Tensor, rows: Rows | None, dropout: float = 0.0, cache: KVCache | None = None,
-                wanted: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: PackedRows, dropout: float = 0.0, cache: KVCache | None = None,
+                positions: Tensor | None = None) -> Tensor:
+        """Attention within each packed row, (N, C) -> (N, C), or (n, C) of the tokens that `positions` (n,)
+        index. A `cache` takes the keys and values."""
         qkv = self.c_attn(x)  # (N, C) -> (N, 3C)
-        if rows is None:
-            return self.c_proj(cache.attend(self.layer, qkv, self.scale))
+        if self.prefix is not None:
+            qkv = put_prefix(qkv, self.prefix.weight.to(qkv.dtype), rows.positions)
         if cache is not None:
             cache.prefill(self.layer, qkv, rows)
-        return self.c_proj(pick(attention(qkv, rows, self.n_head, self.scale, dropout), wanted))
+        y = attention(qkv, rows, self.n_head, self.scale, dropout)  # (N, C)
+        return self.c_proj(select_tokens(y, positions))
+
+    def next(self, x: Tensor, cache: KVCache) -> Tensor:
+        """The same for one new token in each of the cache's rows, (B, C) -> (B, C)."""
+        return self.c_proj(cache.attend(self.layer, self.c_attn(x), self.scale))
 
 
-def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
-    """(N, C) -> (n, C), the tokens that `wanted` (n,) counts; None: x as it is."""
-    return x if wanted is None else x.index_select(0, wanted)
+def put_prefix(qkv: Tensor, prefix: Tensor, positions: Tensor) -> Tensor:
+    """qkv (N, 3C) with the keys and values of the first P positions of each row taken from prefix (P, 2C)."""
+    P, C = prefix.shape[0], prefix.shape[1] // 2
+    learned = F.embedding(positions.clamp(max=P - 1), prefix)  # (N, 2C)
+    keys_values = torch.where((positions < P)[:, None], learned, qkv[:, C:])
+    return torch.cat([qkv[:, :C], keys_values], dim=1)
 
 
 class MLP(nn.Module):
@@ -152,12 +175,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each on a normalised input and added to the residual stream.
 
-    `attn_adapter` and `mlp_adapter` are the places where bottleneck adapters go (Houlsby et al. 2019, figure
-    2): on a sublayer's output, before it is added. Empty, they are the identity.
-
-    x (N, C) holds `rows` end to end, or, with `rows` None, one new token of each of the cache's rows. With
-    `wanted` (n,), what comes out is (n, C): keys and values are made of every token, and all that follows the
-    attention of the wanted ones alone.
+    `attn_adapter` and `mlp_adapter` are slots for bottleneck adapters (Houlsby et al. 2019, figure 2): on a
+    sublayer's output, before it is added. Empty, they are the identity.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -169,44 +188,63 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_adapter = nn.Identity()
 
-    def forward(self, x: Tensor, rows: Rows | None, dropout: float = 0.0, cache: KVCache | None = None,
-                wanted: Tensor | None = None) -> Tensor:
-        attended = self.attn_adapter(self.attn(self.ln_1(x), rows, dropout, cache, wanted))
-        x = pick(x, wanted) + F.dropout(attended, dropout)
+    def forward(self, x: Tensor, rows: PackedRows, dropout: float = 0.0, cache: KVCache | None = None,
+                positions: Tensor | None = None) -> Tensor:
+        """x (N, C) -> (N, C). With `positions` (n,), keys and values use all tokens, but only these outputs
+        are computed: (n, C)."""
+        attended = self.attn(self.ln_1(x), rows, dropout, cache, positions)
+        return self.add_sublayers(select_tokens(x, positions), attended, dropout)
+
+    def next(self, x: Tensor, cache: KVCache) -> Tensor:
+        """One new token in each of the cache's rows, (B, C) -> (B, C)."""
+        return self.add_sublayers(x, self.attn.next(self.ln_1(x), cache), dropout=0.0)
+
+    def add_sublayers(self, x: Tensor, attended: Tensor, dropout: float) -> Tensor:
+        """x plus attention's output, plus the MLP of that sum."""
+        x = x + F.dropout(self.attn_adapter(attended), dropout)
         return x + F.dropout(self.mlp_adapter(self.mlp(self.ln_2(x))), dropout)
 
 
-class GPT(nn.Module):
-    """The model. `hidden` gives the states, `loss` what training minimises, `generate` (minift/generate.py)
-    text.
+def select_tokens(x: Tensor, positions: Tensor | None) -> Tensor:
+    """(N, C) -> (n, C), the tokens that `positions` (n,) index; None selects all."""
+    return x if positions is None else x.index_select(0, positions)
 
-    `prompt` is the place where a soft prompt goes: a module whose `weight` is (P, C), put before every row.
-    `dropout` is GPT-2's embedding, attention and residual dropout while training; 0 until somebody sets it.
-    `checkpoint` trades time for memory: a block's activations are computed again in the backward pass.
-    `by_row` lists the layers that compute otherwise in each row; `begin` tells them the row of each token.
-    `compute_dtype` is what activations are made in; see `set_compute_dtype`. `tokenizer`, `folder` and
-    `fingerprint` say where the weights came from; weights.load sets them.
+
+class GPT(nn.Module):
+    """The model: its parameters, and how it computes.
+
+    Settings, changed after construction:
+    - `prompt`: the slot for a soft prompt, a module whose `weight` is (P, C), put in front of every row.
+    - `prompt_tokens`: the reserved positions P in front of every row. A mode that fills `prompt`, or the
+      `prefix` of the attention layers, sets it.
+    - `dropout`: GPT-2's embedding, attention and residual dropout while training.
+    - `checkpoint`: recompute a block's activations in the backward pass: less memory, more time.
+    - `per_row_layers`: layers that compute differently in each row. Before every pass each gets
+      `set_rows(row_ids, positions)` of the tokens that it will see.
+    - `compute_dtype`: the dtype of activations, see `set_compute_dtype`.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        # without initial values: drawing them on the meta device imports torch's compiler, 2 s and 150 MB
+        # from_pretrained: nn.Embedding would draw values, which on the meta device imports torch's compiler (2 s)
         self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.n_positions, config.n_embd), freeze=False)
         self.prompt: nn.Module | None = None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.prompt_tokens = 0
         self.dropout, self.checkpoint = 0.0, False
-        self.by_row: list[Any] = []
+        self.per_row_layers: list[Any] = []
         self.compute_dtype = torch.float32
-        self.tokenizer: Tokenizer | None = None
-        self.folder: Path | None = None
-        self.fingerprint: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
 
     def init_weights(self, seed: int) -> None:
-        """GPT-2's start: normal(0, 0.02), residual projections divided by sqrt(2 n_layer), biases 0, norms
-        1."""
+        """GPT-2's initialisation: normal(0, 0.02), residual projections divided by sqrt(2 n_layer), biases 0,
+        norms 1."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
@@ -215,94 +253,105 @@ class GPT(nn.Module):
                 std = 0.02 / (math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1)
                 parameter.data.normal_(0.0, std, generator=generator)
 
-    def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Compute in `dtype`. Frozen floating-point weights are converted once and for all; tuned ones stay
-        fp32 and are cast where they are used, so that the optimizer's small steps are not rounded away."""
-        self.compute_dtype = dtype
-        for parameter in self.parameters():
-            wanted = torch.float32 if parameter.requires_grad else dtype
-            # what neither trains nor changes may stay mapped from its file, with matrices the other way round
-            if parameter.requires_grad or parameter.dtype != wanted:
-                parameter.data = parameter.data.to(wanted).contiguous()
+    # ---- one pass
 
-    def share(self) -> "GPT":
-        """A second model on this one's weights, frozen, of which nothing is copied. A mode can be applied to
-        it and a tuned file loaded: both put new tensors in place of shared ones, so this model stays as it
-        is, bit for bit, and any number of tuned models serve side by side from one base."""
-        known: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in self.parameters()}
-        return copy.deepcopy(self, known | {id(self.tokenizer): self.tokenizer})
+    def pack(self, rows: list[Row]) -> Batch:
+        """Rows as a batch for this model: with its reserved positions, on its device."""
+        round_shapes = uses_onednn_bf16(self.device, self.compute_dtype)
+        return pack(rows, self.prompt_tokens, self.device, round_shapes)
 
-    def set_kernel(self, kernel: str) -> None:
-        """Let every layer that has several implementations, an attribute `kernel`, compute by this one."""
-        for module in self.modules():
-            if hasattr(module, "kernel"):
-                module.kernel = kernel
-
-    @property
-    def prompt_tokens(self) -> int:
-        """How many of the model's positions a soft prompt takes: 0 without one."""
-        return 0 if self.prompt is None else self.prompt.weight.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.wte.weight.device
-
-    def hidden(self, ids: Tensor, lengths: list[int] | None = None, wanted: Tensor | None = None,
-               cache: KVCache | None = None) -> Tensor:
-        """Final hidden states, after the last norm, of token ids (B, T), of which a row's first `lengths`
-        are real (None: all): (B, T, C), or, with `wanted` (n,), which counts in ids.flatten(), those (n, C)
-        alone. Rows with padding need `wanted`, which must not name it.
-
-        Of padding only what makes shapes round is computed, and the last block's projection and MLP take the
-        wanted positions alone. A `cache` takes up the rows, for `next_hidden`. Raises UserError when a row
-        does not fit into the model's positions.
-        """
-        P, (B, T) = self.prompt_tokens, ids.shape
-        if P + T > self.config.n_positions:
-            soft = f" and {P} of the soft prompt" if P else ""
-            raise UserError(f"{T} tokens{soft} do not fit into the model's {self.config.n_positions} "
-                            "positions: shorten the text, or lower --max-length or --max-new-tokens")
-        few_shapes = by_onednn(self.device, self.compute_dtype)
-        rows = Rows([P + n for n in lengths or [T] * B], self.device, few_shapes)
-        x = self.wte(ids[rows.numbers, (rows.positions - P).clamp(min=0)])  # (B, T) -> (N, C)
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Token ids (N,) at positions (N,) of their rows -> the first block's input (N, C)."""
+        x = self.wte(tokens)
         if self.prompt is not None:
-            soft = F.embedding(rows.positions.clamp(max=P - 1), self.prompt.weight.to(x.dtype))
-            x = torch.where((rows.positions < P)[:, None], soft, x)
-        x = x + self.wpe(rows.positions)
-        every = torch.arange(B * T, device=self.device) if wanted is None else wanted
-        inner = rows.starts[every // T] + P + every % T  # counted in N
-        for layer in self.by_row:
-            layer.begin(B, rows.numbers)
+            soft = self.prompt.weight.to(x.dtype)
+            soft = F.embedding(positions.clamp(max=len(soft) - 1), soft)  # (P, C) -> (N, C)
+            x = torch.where((positions < self.prompt_tokens)[:, None], soft, x)
+        return (x + self.wpe(positions)).to(self.compute_dtype)
+
+    def hidden(self, batch: Batch, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states after the last norm: (n, C) of the tokens that `positions` (n,) index, or (N, C)
+        of all. A `cache` takes the rows' keys and values, for `next_hidden`.
+
+        Raises UserError when a row does not fit into the model's positions.
+        """
+        rows = batch.rows
+        if rows.max_seqlen > self.config.n_positions:
+            reserved = f" and {self.prompt_tokens} of the soft prompt" if self.prompt_tokens else ""
+            raise UserError(f"{rows.max_seqlen - self.prompt_tokens} tokens{reserved} do not fit into the model's "
+                            f"{self.config.n_positions} positions: shorten the text, or lower --max-length or "
+                            "--max-new-tokens")
+        for layer in self.per_row_layers:
+            layer.set_rows(rows.row_ids, rows.positions)
         dropout = self.dropout if self.training else 0.0
-        x = F.dropout(x.to(self.compute_dtype), dropout)
+        x = F.dropout(self.embed(batch.tokens, rows.positions), dropout)
         for block in self.h:
-            last = inner if block is self.h[-1] and not self.by_row else None
+            # after the last block's attention only the selected tokens are needed
+            selected = positions if block is self.h[-1] and not self.per_row_layers else None
             if self.checkpoint and self.training:
-                x = checkpoint(block, x, rows, dropout, cache, last, use_reentrant=False)
+                x = checkpoint(block, x, rows, dropout, cache, selected, use_reentrant=False)
             else:
-                x = block(x, rows, dropout, cache, last)
-        x = self.ln_f(pick(x, inner) if self.by_row else x)
-        return x.view(B, T, -1) if wanted is None else x
+                x = block(x, rows, dropout, cache, selected)
+        if self.per_row_layers:
+            x = select_tokens(x, positions)
+        return self.ln_f(x)
 
     def next_hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Final hidden states (B, C) of one more token in each of the cache's rows, tokens (B,)."""
-        positions = cache.grow()
-        x = (self.wte(tokens[cache.order]) + self.wpe(positions)).to(self.compute_dtype)
-        for layer in self.by_row:
-            layer.begin(len(tokens), cache.order)
+        positions = cache.advance()  # (B,), in the cache's order of rows
+        for layer in self.per_row_layers:
+            layer.set_rows(cache.order, positions)
+        x = self.embed(tokens[cache.order], positions)
         for block in self.h:
-            x = block(x, None, cache=cache)
-        return self.ln_f(x)[cache.places]
+            x = block.next(x, cache)
+        return self.ln_f(x)[cache.inverse_order]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) in fp32; the head is the token embedding."""
         return linear(hidden, self.wte.weight.to(hidden.dtype), None).float()
 
-    def loss(self, ids: Tensor, targets: Tensor, lengths: list[int] | None = None) -> Tensor:
-        """The sum of -log p over the target tokens, in nats. ids, targets: (B, T), of which a row's first
-        `lengths` are real (None: all); targets[b, t] is the token after ids[b, t], or IGNORE. Only target
-        positions pass the last block's MLP and meet the vocabulary: the prompt's logits are never made."""
-        learned = (targets != IGNORE).flatten().nonzero()[:, 0]  # (n,)
-        wanted = F.pad(learned, (0, -len(learned) % 64))  # few shapes: each step has its own n
-        hidden = self.hidden(ids, lengths, wanted.to(ids.device))  # (n + padding, C)
-        return head_loss(hidden, self.wte.weight, targets.flatten()[learned].to(ids.device))
+    def loss(self, batch: Batch) -> Tensor:
+        """The training objective: the sum of -log p over the batch's targets, in nats. Only target positions
+        meet the vocabulary. Validation and scores do not use it (minift/report/metrics.py)."""
+        filler = -len(batch.target_positions) % 64  # each step has its own n: round it for few shapes
+        hidden = self.hidden(batch, F.pad(batch.target_positions, (0, filler)))  # (n + filler, C)
+        return head_loss(hidden, self.wte.weight, batch.targets)
+
+    # ---- how it computes
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Compute in `dtype`. Frozen weights are converted now; tuned ones stay in fp32 and are cast at each
+        use, so that the optimizer's small steps are not rounded away."""
+        self.compute_dtype = dtype
+        for parameter in self.parameters():
+            stored = torch.float32 if parameter.requires_grad else dtype
+            # a frozen weight that needs no conversion may stay mapped from its file, transposed
+            if parameter.requires_grad or parameter.dtype != stored:
+                source = parameter.data
+                parameter.data = source.to(stored).contiguous()
+                release_pages(source)  # of the base's file, which need not stay in memory beside the copy
+
+    def set_kernel(self, kernel: str) -> None:
+        """The implementation of low-rank updates, one of ops.lora.KERNELS."""
+        for layer in self.linear_layers():
+            layer.kernel = kernel
+
+    def linear_layers(self) -> list[Linear]:
+        return [module for module in self.modules() if isinstance(module, Linear)]
+
+    @contextlib.contextmanager
+    def constant_parameters(self) -> Iterator[None]:
+        """While entered, parameters do not change, and layers keep what they derive from them."""
+        for layer in self.linear_layers():
+            layer.set_constant(True)
+        try:
+            yield
+        finally:
+            for layer in self.linear_layers():
+                layer.set_constant(False)
+
+    def shared_copy(self) -> "GPT":
+        """A second, frozen model on this one's weights, without copying them. A mode can be applied to it and
+        a tuned file loaded: both put new tensors in the place of shared ones, so this model does not change."""
+        shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in self.parameters()}
+        return copy.deepcopy(self, shared)

@@ -1,7 +1,7 @@
-"""Bottleneck adapters: a small MLP on a sublayer's output, added to it; the model itself stays frozen.
+"""Bottleneck adapters: a small MLP on a sublayer's output, added to it. The base stays frozen.
 
-Houlsby et al. 2019 put one after attention and one after the MLP, and let the LayerNorms train too
-(`--adapter-norms`); Pfeiffer et al. 2021 keep the one after the MLP.
+Houlsby et al. 2019 put one after attention and one after the MLP, and also train the LayerNorms
+(`--adapter-norms`); Pfeiffer et al. 2021 keep only the one after the MLP.
 """
 
 from dataclasses import dataclass
@@ -10,19 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minift.errors import UserError
 from minift.model.gpt import GPT, Linear
+from minift.modes.mode import Mode
 from minift.options import option
-
-TRAINING = {"lr": 1e-3, "weight_decay": 0.0}
 
 
 @dataclass(frozen=True)
 class Options:
-    bottleneck: int = option(64, "width of an adapter's middle")
+    bottleneck: int = option(64, "width of an adapter's hidden layer", least=1)
     placement: str = option("houlsby", "houlsby: two adapters a block; pfeiffer: one, after the MLP",
-                            ("houlsby", "pfeiffer"))
-    adapter_norms: bool = option(False, "let every LayerNorm train too, as Houlsby et al. do")
+                            choices=("houlsby", "pfeiffer"))
+    adapter_norms: bool = option(False, "train every LayerNorm too, as Houlsby et al. do")
 
 
 class Adapter(nn.Module):
@@ -33,29 +31,26 @@ class Adapter(nn.Module):
         super().__init__()
         self.down = Linear(n_embd, bottleneck, device=device)
         self.up = Linear(bottleneck, n_embd, device=device)
-        nn.init.normal_(self.down.weight, std=0.01)  # Houlsby et al. 2019, section 3.6: near-zero starts work
-        for start_at_zero in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(start_at_zero)
+        nn.init.normal_(self.down.weight, std=0.01)  # Houlsby et al. 2019, section 3.6: near-zero works
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.up(F.gelu(self.down(x)))
 
 
 def apply(model: GPT, options: Options) -> None:
-    """Fill the blocks' adapter slots. Raises UserError for a bottleneck below 1."""
-    if options.bottleneck < 1:
-        raise UserError(f"--bottleneck {options.bottleneck}: must be at least 1")
+    """Fill the blocks' adapter slots."""
     for block in model.h:
-        slots = ("attn_adapter", "mlp_adapter") if options.placement == "houlsby" else ("mlp_adapter",)
-        for slot in slots:
-            adapter = Adapter(model.config.n_embd, options.bottleneck, model.device)
-            setattr(block, slot, adapter.requires_grad_(True))
+        if options.placement == "houlsby":
+            block.attn_adapter = Adapter(model.config.n_embd, options.bottleneck, model.device)
+        block.mlp_adapter = Adapter(model.config.n_embd, options.bottleneck, model.device)
     if options.adapter_norms:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.requires_grad_(True)
 
 
-def merge(model: GPT) -> None:
-    raise UserError("adapters cannot be merged: their GELU makes them non-linear, and GPT-2 has no such "
-                    "layer")
+MODE = Mode("adapter", Options, apply, lr=1e-3, embedded_lr=1e-2,
+            why_no_merge="adapters cannot be merged: their GELU is not linear, and GPT-2 has no such layer")

@@ -1,16 +1,18 @@
-"""Full tuning: every parameter of the base trains. The yardstick for the other modes."""
+"""Full tuning: every parameter of the base trains. The other modes are measured against it."""
 
 from dataclasses import dataclass
 
 from minift.model.gpt import GPT
-
-TRAINING = {"lr": 1e-4, "weight_decay": 0.01}
+from minift.modes.mode import Mode
 
 
 @dataclass(frozen=True)
 class Options:
-    """Full tuning has nothing to choose."""
+    """Full tuning has no options."""
 
 
 def apply(model: GPT, options: Options) -> None:
     model.requires_grad_(True)
+
+
+MODE = Mode("full", Options, apply, lr=1e-4, embedded_lr=1e-3, weight_decay=0.01)

@@ -1,344 +1,187 @@
 """LoRA (Hu et al. 2021): W stays frozen, and a low-rank update s B A beside it trains.
 
-A starts with Kaiming's uniform distribution and B at zero, so the first step starts from the base exactly.
-The arithmetic is `lora_linear` in minift/kernels.py; this file says where it goes, what PEFT calls it, and
-how one batch uses several files.
+A starts with Kaiming's uniform distribution and B at zero, so the first step starts exactly from the base.
+The arithmetic is `lora_linear` in minift/ops/lora.py; this file says which layers get an update.
 """
 
 import math
-import re
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minift.errors import UserError
 from minift.model.gpt import GPT, Linear
+from minift.modes.mode import Mode
 from minift.ops.lora import lora_linear
-from minift.options import finite, from_json, option, whole
+from minift.options import option, parse_float, parse_int
 
-TRAINING = {"lr": 1e-3, "weight_decay": 0.0}
-GROUPS = {"all": "q,k,v,o,fc,proj", "attention": "q,k,v,o", "mlp": "fc,proj"}
+TARGET_MODULES = {"attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "fc", "mlp.c_proj": "proj"}
+TARGET_GROUPS = {"all": "q,k,v,o,fc,proj", "attention": "q,k,v,o", "mlp": "fc,proj"}
 TARGETS = ("q", "k", "v", "qkv", "o", "fc", "proj")
-PLACES = {"attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "fc", "mlp.c_proj": "proj"}  # of a block
 
 
 @dataclass(frozen=True)
 class Options:
     rank: int = option(8, "rank r of the update: beside a 512 x 64 matrix of 32,768 weights, r = 8 trains "
-                          "4,608, 86 % fewer")
-    alpha: float = option(16.0, "the update is scaled by alpha / rank, or as --scaling says")
-    dropout: float = option(0.0, "dropout on the update's input")
+                          "4,608, 86 % fewer", least=1)
+    alpha: float = option(16.0, "the update is scaled by alpha / rank, or as --scaling says", above=0)
+    dropout: float = option(0.0, "dropout on the update's input", least=0, below=1)
     targets: str = option("all", "matrices that get an update, a comma list of q, k, v, o (attention's "
                                  "projection), fc, proj (the MLP's two), qkv (the fused matrix as one), all, "
                                  "attention, mlp")
     scaling: str = option("standard", "standard: alpha/rank; rslora: alpha/sqrt(rank) (Kalajdzievski 2023)",
-                          ("standard", "rslora"))
-    rank_pattern: str | None = option(None, "other ranks by parts of a layer's name, the last match counts: "
-                                            "c_attn=4,h.0.mlp=0; 0 leaves a layer out")
-    alpha_pattern: str | None = option(None, "other alphas, likewise")
+                          choices=("standard", "rslora"))
+    # other ranks and alphas by layer, "c_attn=4,h.0.mlp=0": PEFT folders have them. Rank 0 leaves a layer out.
+    rank_pattern: str | None = option(None)
+    alpha_pattern: str | None = option(None)
 
 
 class LoRALinear(Linear):
-    """A linear layer with a low-rank update on some of its outputs. It takes over the base's weight and bias
-    under their own names. `offsets` says where each adapted part of `part` outputs begins: for q and v of
-    c_attn, 0 and 2C.
+    """A linear layer with a low-rank update of some of its outputs. It takes over the base layer's weight and
+    bias under their own names.
 
-    lora_A: (parts * rank, in), lora_B: (parts * part, rank).
+    Each updated part has `part_size` outputs; `offsets` says at which output each part begins. For q and v of
+    c_attn these are C and (0, 2C).
+    lora_A: (parts * r, in), lora_B: (parts * part_size, r).
     """
 
-    kernel = "auto"  # how `lora_linear` computes; GPT.set_kernel changes it
-
     def __init__(self, base: Linear, rank: int, scale: float, dropout: float, offsets: tuple[int, ...],
-                 part: int):
+                 part_size: int):
         super().__init__(base.in_features, base.out_features, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(len(offsets) * rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(len(offsets) * part, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as loralib: uniform within 1/sqrt(in)
-        self.scale, self.dropout, self.offsets, self.part = scale, dropout, offsets, part
-        self.unmerged: Tensor | None = None  # the base's own weight, while the update is merged into `weight`
+        device, parts = base.weight.device, len(offsets)
+        self.lora_A = nn.Parameter(torch.empty(parts * rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(parts * part_size, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as loralib: uniform within 1 / sqrt(in)
+        self.scale, self.dropout, self.offsets, self.part_size = scale, dropout, offsets, part_size
+        self.unmerged_weight: Tensor | None = None  # the base's weight while the update is merged into `weight`
+        self.constant_AB: tuple[Tensor, Tensor] | None = None  # A and B in the compute dtype, see set_constant
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.unmerged is not None:
+        if self.unmerged_weight is not None:
             return super().forward(x)
-        return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.offsets,
-                           self.dropout if self.training else 0.0, self.kernel)
+        A, B = self.constant_AB or (self.lora_A, self.lora_B)
+        dropout = self.dropout if self.training else 0.0
+        return lora_linear(x, self.weight, self.bias, A, B, self.scale, self.offsets, dropout, self.kernel)
 
-    def whole_B(self) -> Tensor:
-        """B of the same update as one of all outputs, whose A is `lora_A`: (out, parts * rank), each part a
-        block of its own, zero in the rows that no part covers."""
-        whole, rank = self.lora_B.new_zeros(self.out_features, len(self.lora_A)), self.lora_B.shape[1]
-        for i, (start, B) in enumerate(zip(self.offsets, self.lora_B.chunk(len(self.offsets)), strict=True)):
-            whole[start : start + self.part, i * rank : (i + 1) * rank] = B
-        return whole
+    def set_constant(self, constant: bool) -> None:
+        dtype = self.weight.dtype
+        self.constant_AB = (self.lora_A.to(dtype), self.lora_B.to(dtype)) if constant else None
+
+    def full_B(self) -> Tensor:
+        """B as one matrix for all outputs, (out, parts * r): each part a block of its own, zero elsewhere. Then
+        the update of the whole layer is s full_B A."""
+        rank, parts = self.lora_B.shape[1], len(self.offsets)
+        full = self.lora_B.new_zeros(self.out_features, parts * rank)
+        for i, (start, B) in enumerate(zip(self.offsets, self.lora_B.chunk(parts), strict=True)):
+            full[start : start + self.part_size, i * rank : (i + 1) * rank] = B
+        return full
 
     def update(self) -> Tensor:
         """The dense update s B A in fp32, (out, in)."""
-        return self.scale * (self.whole_B().float() @ self.lora_A.float())
+        return self.scale * (self.full_B().float() @ self.lora_A.float())
 
 
 def apply(model: GPT, options: Options) -> None:
-    """Replace the target layers by LoRALinear. Raises UserError for a target or a value that cannot be
-    honoured."""
-    if options.rank < 1 or not options.alpha > 0 or not 0 <= options.dropout < 1:
-        raise UserError(f"--rank {options.rank} --alpha {options.alpha} --dropout {options.dropout}: rank "
-                        "must be at least 1, alpha above 0, dropout at least 0 and below 1")
+    """Replace the target layers by LoRALinear. Raises UserError for unknown targets or patterns."""
+    for target in target_layers(model, options):
+        replace_layer(model, target, LoRALinear(target.layer, target.rank, target.scale, options.dropout,
+                                                target.offsets, target.part_size))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to update, and the shape and scale of its update."""
+
+    name: str  # such as h.0.attn.c_attn
+    layer: Linear
+    rank: int
+    scale: float
+    offsets: tuple[int, ...]
+    part_size: int
+
+
+def target_layers(model: GPT, options: Options) -> list[Target]:
+    """The layers that `options` name, in the order of the blocks. Raises UserError."""
     targets, C = parse_targets(options.targets), model.config.n_embd
-    parts = tuple(i * C for i, target in enumerate("qkv") if target in targets)  # of c_attn
-    names = [f"h.{i}.{place}" for i in range(len(model.h)) for place, target in PLACES.items()
-             if target in targets or (parts and place == "attn.c_attn")]
-    ranks = spread("--rank-pattern", options.rank_pattern, options.rank, names)
-    alphas = spread("--alpha-pattern", options.alpha_pattern, options.alpha, names)
-    for name in filter(ranks.get, names):
-        base, rank = model.get_submodule(name), ranks[name]
+    qkv_offsets = tuple(i * C for i, part in enumerate("qkv") if part in targets)  # parts of c_attn
+    names = []
+    for i in range(len(model.h)):
+        for module, target in TARGET_MODULES.items():
+            if target in targets or (module == "attn.c_attn" and qkv_offsets):
+                names.append(f"h.{i}.{module}")
+    ranks = per_layer("rank_pattern", options.rank_pattern, options.rank, names)
+    alphas = per_layer("alpha_pattern", options.alpha_pattern, options.alpha, names)
+    found = []
+    for name in names:
+        layer, rank = model.get_submodule(name), ranks[name]
+        if rank == 0:
+            continue
         scale = alphas[name] / (math.sqrt(rank) if options.scaling == "rslora" else rank)
-        offsets, part = (parts, C) if parts and name.endswith("c_attn") else ((0,), base.out_features)
-        owner, _, slot = name.rpartition(".")
-        layer = LoRALinear(base, rank, scale, options.dropout, offsets, part)
-        setattr(model.get_submodule(owner), slot, layer)
-    for layer in lora_layers(model).values():
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
+        offsets, part_size = (0,), layer.out_features
+        if qkv_offsets and name.endswith("c_attn"):
+            offsets, part_size = qkv_offsets, C
+        found.append(Target(name, layer, rank, scale, offsets, part_size))
+    return found
+
+
+def replace_layer(model: GPT, target: Target, layer: Linear) -> None:
+    parent, _, attribute = target.name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layer)
 
 
 def parse_targets(text: str) -> set[str]:
-    names = [name.strip() for word in text.split(",") for name in GROUPS.get(word.strip(), word).split(",")]
+    names = []
+    for word in text.split(","):
+        names += TARGET_GROUPS.get(word.strip(), word.strip()).split(",")
     unknown = [name for name in names if name not in TARGETS]
     if unknown:
         raise UserError(f"--targets {text}: {', '.join(map(repr, unknown))} is not a target; there are "
-                        f"{', '.join((*TARGETS, *GROUPS))}")
+                        f"{', '.join((*TARGETS, *TARGET_GROUPS))}")
     if "qkv" in names and {"q", "k", "v"} & set(names):
         raise UserError(f"--targets {text}: qkv is one update of the whole fused matrix, q, k and v are "
                         "updates of its parts: choose one")
     return set(names)
 
 
-def spread(flag: str, pattern: str | None, default: float, names: list[str]) -> dict[str, float]:
-    """A value for each layer: `pattern`'s, as far as it says one, else the default. Raises UserError."""
+def per_layer(field: str, pattern: str | None, default: float, names: list[str]) -> dict[str, float]:
+    """A value for each layer: the last match in `pattern`, else the default. Raises UserError."""
     values = dict.fromkeys(names, default)
+    parse = parse_int if field == "rank_pattern" else parse_float
     for word in pattern.split(",") if pattern else ():
         part, _, text = word.strip().partition("=")
         matched = [name for name in names if f".{part}." in f".{name}."]  # whole parts: h.1 is not h.11
         try:
-            value = whole(text) if flag == "--rank-pattern" else finite(text)
+            value = parse(text)
         except ValueError:
-            value = -1
-        if not matched or value < 0 or (value == 0 and flag == "--alpha-pattern"):
-            raise UserError(f"{flag} {word.strip()!r:.80}: must be parts of an adapted layer's name and its "
+            value = None
+        if not matched or value is None or value < 0 or (value == 0 and field == "alpha_pattern"):
+            raise UserError(f"{field} {word.strip()!r:.80}: must be parts of an updated layer's name and its "
                             f"value, such as c_attn=4 or h.0=4; there is {', '.join(names[:4])}, ...")
         values |= dict.fromkeys(matched, value)
     return values
 
 
 def lora_layers(model: GPT) -> dict[str, LoRALinear]:
-    """Every adapted layer by its name, such as h.0.attn.c_attn."""
+    """Every updated layer by its name, such as h.0.attn.c_attn."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 @torch.no_grad()
 def merge(model: GPT) -> None:
-    """Fold every update into its weight: the same function without the extra work. The sum is made in
-    fp32."""
+    """Add every update to its weight, in fp32: the same function without the extra work."""
     for layer in lora_layers(model).values():
-        if layer.unmerged is None:
-            layer.unmerged = layer.weight.data
+        if layer.unmerged_weight is None:
+            layer.unmerged_weight = layer.weight.data
             layer.weight.data = (layer.weight.float() + layer.update()).to(layer.weight.dtype)
 
 
 def unmerge(model: GPT) -> None:
-    """Undo `merge`. The base's weights were kept, so they come back bit for bit (subtracting would not do
-    that)."""
+    """Undo `merge`, bit for bit: the base's weights were kept, since subtracting would not restore them."""
     for layer in lora_layers(model).values():
-        if layer.unmerged is not None:
-            layer.weight.data, layer.unmerged = layer.unmerged, None
+        if layer.unmerged_weight is not None:
+            layer.weight.data, layer.unmerged_weight = layer.unmerged_weight, None
 
 
-PEFT_TYPE = "LORA"
-
-
-@dataclass(frozen=True)
-class PeftFields:
-    """What is understood of a PEFT LoraConfig, with PEFT's defaults."""
-
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    fan_in_fan_out: bool = True  # how the base stores its weight, which changes nothing in the update
-    bias: str = option("none", "biases that train too", ("none",))
-    init_lora_weights: bool | str = option(True, "the start; others take something off the base's weights")
-    target_modules: list | str = field(default_factory=lambda: ["c_attn"])
-    exclude_modules: list | str = ""
-    layers_to_transform: list | int = field(default_factory=list)
-    layers_pattern: list | str = ""
-    rank_pattern: dict = field(default_factory=dict)
-    alpha_pattern: dict = field(default_factory=dict)
-    qalora_group_size: int = 16  # this and the next say nothing while use_qalora and megatron_config are off
-    megatron_core: str = ""
-
-
-def to_peft(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The LoraConfig's fields and the tensors. Parts of c_attn become one update of all of it, with as many
-    times the rank and alpha, so that alpha / r stays what it is."""
-    layers, n_layer = lora_layers(model), model.config.n_layer
-    values = {name: (len(one.lora_A), one.scale * len(one.lora_A)) for name, one in layers.items()}
-    (r, alpha), others = compress(values, n_layer)
-    targets = [place for place in PLACES if sum(name.endswith(place) for name in layers) == n_layer]
-    targets += [name for name in layers if not name.endswith(tuple(targets))]
-    fields = {"r": r, "lora_alpha": alpha, "target_modules": targets, "bias": "none", "fan_in_fan_out": True,
-              "lora_dropout": next(iter(layers.values())).dropout, "use_rslora": False,
-              "rank_pattern": {key: rank for key, (rank, _) in others.items()},
-              "alpha_pattern": {key: alpha for key, (_, alpha) in others.items()}}  # older PEFT: same keys
-    tensors = {}
-    for name, one in layers.items():
-        tensors[f"transformer.{name}.lora_A.weight"] = one.lora_A
-        tensors[f"transformer.{name}.lora_B.weight"] = one.whole_B()
-    return fields, tensors
-
-
-def from_peft(model: GPT, fields: dict[str, Any], tensors: dict[str, Tensor], where: str
-              ) -> tuple[Options, dict[str, Tensor]]:
-    """The reverse: options, and tensors under this mode's names. Only the base's shape is used. Raises
-    UserError."""
-    peft = from_json(PeftFields, fields, where)
-    if peft.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
-        raise UserError(f"{where}: init_lora_weights {peft.init_lora_weights!r:.40} takes something off the "
-                        "base's own weights, which this base still has: convert it to plain LoRA with PEFT")
-    layers = [f"h.{i}.{place}" for i in range(model.config.n_layer) for place in PLACES]
-    chosen = [name for name in layers if is_target(peft, name, where)]
-    if not chosen:
-        raise UserError(f"{where}: target_modules {peft.target_modules!r:.80} names no matrix of GPT-2's "
-                        f"blocks; there are {', '.join(PLACES)}")
-    tuned = {name.removeprefix("transformer.").removesuffix(".weight"): t for name, t in tensors.items()}
-    if outside := [name for name in tuned if name.rpartition(".")[0] not in layers]:
-        raise UserError(f"{where}: {outside[0]:.80} updates none of {', '.join(PLACES)} in this base's "
-                        f"{model.config.n_layer} blocks, and cannot be used here")
-
-    def value(pattern: dict[str, Any], usual: float, name: str) -> Any:
-        return next((v for key, v in pattern.items() if matches(rf"(.*\.)?({key})", name, where)), usual)
-
-    values = dict.fromkeys(layers, (0, 0.0))
-    for name in chosen:
-        rank = value(peft.rank_pattern, peft.r, name)
-        alpha = value(peft.alpha_pattern, peft.lora_alpha, name)
-        A = tuned.get(f"{name}.lora_A")
-        if A is None or A.dim() != 2 or len(A) != rank or rank is True:
-            raise UserError(f"{where}: the rank of {name} is {rank!r:.40}, and its lora_A is "
-                            f"{'missing' if A is None else tuple(A.shape)}")
-        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-            raise UserError(f"{where}: the alpha of {name} is {alpha!r:.40}, and must be a number above 0")
-        values[name] = rank, float(alpha)
-    targets = [place for place in PLACES if any(name.endswith(place) for name in chosen)]
-    used = {name: value for name, value in values.items() if name.endswith(tuple(targets))}
-    (rank, alpha), others = compress(used, model.config.n_layer)
-    ranks = ",".join(f"{key}={rank}" for key, (rank, _) in others.items())
-    alphas = ",".join(f"{key}={alpha}" for key, (_, alpha) in others.items() if alpha)
-    options = Options(rank=rank, alpha=alpha, dropout=peft.lora_dropout, rank_pattern=ranks or None,
-                      alpha_pattern=alphas or None, scaling="rslora" if peft.use_rslora else "standard",
-                      targets=",".join(PLACES[place] for place in targets))
-    return options, tuned
-
-
-def compress(values: dict[str, tuple[int, float]], n_layer: int) -> tuple[Any, dict[str, tuple[int, float]]]:
-    """The commonest (rank, alpha), and what differs from it, by the name of a place or of single layers."""
-    common = Counter(value for value in values.values() if value[0]).most_common(1)[0][0]
-    others = {}
-    for place in PLACES:
-        here = {name: value for name, value in values.items() if name.endswith(place)}
-        if len(here) == n_layer and len(set(here.values())) == 1:
-            here = {place: here[f"h.0.{place}"]}
-        others |= {key: value for key, value in here.items() if value != common}
-    return common, others
-
-
-def matches(pattern: str, name: str, where: str) -> bool:
-    """Whether the whole name, as PEFT writes it with or without the head, fits a regular expression."""
-    try:
-        return any(re.fullmatch(pattern, full) for full in (f"transformer.{name}", name))
-    except re.error as error:
-        raise UserError(f"{where}: {pattern!r:.80} is no regular expression: {error}") from None
-
-
-def is_target(peft: PeftFields, name: str, where: str) -> bool:
-    """PEFT's check_target_module_exists: a text is a regular expression, a list has ends of names."""
-    def named(modules: list | str) -> bool:
-        if isinstance(modules, str):
-            return modules == "all-linear" or matches(modules, name, where)
-        return any(f".transformer.{name}".endswith(f".{module}") for module in modules)
-
-    layers = peft.layers_to_transform
-    if peft.layers_pattern not in ("", [], "h", ["h"]):
-        raise UserError(f"{where}: layers_pattern {peft.layers_pattern!r:.40}: GPT-2's layers are h")
-    layers = layers if isinstance(layers, list) else [layers]
-    in_layers = not layers or int(name.split(".")[1]) in layers
-    return in_layers and named(peft.target_modules) and not named(peft.exclude_modules)
-
-
-class MixedLinear(Linear):
-    """A linear layer in which each row of a batch uses its own of F updates, or none (-1).
-
-    A: (F, R, in), B: (F, R, out) with the scale in it; R is the largest rank, and the rest zero. `files` (B,)
-    says which a row uses, and `own` (N, F) which each token of the pass that has begun.
-    """
-
-    def __init__(self, base: Linear, layers: list[LoRALinear | None]):
-        super().__init__(base.in_features, base.out_features, device="meta")
-        self.weight, self.bias = base.weight, base.bias
-        self.files = torch.tensor([-1])
-        ranks = [0 if layer is None else len(layer.lora_A) for layer in layers]
-        self.A = base.weight.new_zeros(len(layers), max(ranks), base.in_features)
-        self.B = base.weight.new_zeros(len(layers), max(ranks), base.out_features)
-        for i, (layer, rank) in enumerate(zip(layers, ranks, strict=True)):
-            if layer is not None:
-                self.A[i, :rank] = layer.lora_A
-                self.B[i, :rank] = layer.scale * layer.whole_B().T
-
-    def begin(self, count: int, token_rows: Tensor) -> None:
-        """A pass of `count` rows begins; token_rows (N,) says which of them a token belongs to."""
-        if count != len(self.files):
-            raise UserError(f"a batch of {count} rows, and `choose` named the files of {len(self.files)}")
-        self.own = self.files[token_rows][:, None] == torch.arange(len(self.A), device=token_rows.device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.linear(x, self.A.flatten(0, 1)).unflatten(1, (len(self.A), -1))  # (N, F, R)
-        own = (h * self.own[..., None]).flatten(1)
-        return torch.addmm(super().forward(x), own, self.B.flatten(0, 1))  # (N, out)
-
-
-@torch.no_grad()
-def mix(base: GPT, models: Sequence[GPT]) -> GPT:
-    """A model for batches whose rows use different LoRA files, as `choose` says. The
-    base's products are those of one model, to which each row adds its own update. For inference alone.
-
-    models: made from `base` by GPT.share, each with its LoRA. Raises UserError when one is tuned otherwise.
-    """
-    mixed, layers = base.share(), [lora_layers(model) for model in models]
-    for model, own in zip(models, layers, strict=True):
-        low_rank = {p for layer in own.values() for p in (layer.lora_A, layer.lora_B)}
-        tuned = {p for p in model.parameters() if p.requires_grad}
-        if model.fingerprint != base.fingerprint or tuned != low_rank:
-            raise UserError("the rows of a batch can use different LoRA files of one base, and nothing else: "
-                            "a soft prompt makes rows longer, other modes change more than a low-rank "
-                            "update; use those one at a time")
-    for name in dict.fromkeys(name for own in layers for name in own):
-        owner, _, slot = name.rpartition(".")
-        layer = MixedLinear(mixed.get_submodule(name), [own.get(name) for own in layers])
-        setattr(mixed.get_submodule(owner), slot, layer)
-        mixed.by_row.append(layer)
-    return mixed
-
-
-def choose(mixed: GPT, rows: Sequence[int]) -> None:
-    """From now on row i of a batch uses the update of `mix`'s models[rows[i]]; -1 is the base itself."""
-    for layer in mixed.modules():
-        if isinstance(layer, MixedLinear):
-            files = len(layer.A)
-            if not all(-1 <= row < files for row in rows):
-                raise UserError(f"rows {list(rows)}: there are {files} files, from 0 on, and -1, the base")
-            layer.files = torch.tensor(rows, device=layer.A.device)
+MODE = Mode("lora", Options, apply, lr=1e-3, embedded_lr=7e-3, merge=merge, peft_type="LORA", uses_kernel=True)

@@ -1,127 +1,94 @@
-"""Prompt tuning (Lester et al. 2021): the model stays frozen, and the embeddings of P extra tokens in front
-train."""
+"""Prompt tuning (Lester et al. 2021): P learned embeddings in front of every row train, the base stays frozen."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from minift.errors import UserError
 from minift.model.gpt import GPT
-from minift.options import from_json, option
+from minift.modes.mode import Mode
+from minift.options import option
 
-TRAINING = {"lr": 3e-2, "weight_decay": 0.0}
+COMMON_TOKENS = 5000  # Lester et al. 2021, section 3.2; a BPE vocabulary begins with the most common tokens
 
 
 @dataclass(frozen=True)
 class Options:
-    prompt_tokens: int = option(20, "length of the soft prompt; it takes that many of the model's positions")
-    prompt_init: str = option("vocab", "where it starts: vocab (embeddings of sampled tokens), text (of "
-                                       "--prompt-text), noise (normal, 0.02)", ("vocab", "text", "noise"))
-    prompt_text: str | None = option(None, "the text to start from, repeated or cut to --prompt-tokens; "
-                                           "needs --prompt-init text")
+    prompt_tokens: int = option(20, "length of the soft prompt; it takes that many of the model's positions",
+                                least=1)
+    prompt_init: str = option("vocab", "initial values: vocab (embeddings of sampled tokens), text (of "
+                                       "--prompt-text), noise (normal, 0.02)",
+                              choices=("vocab", "text", "noise"))
+    prompt_text: str | None = option(None, "the text for --prompt-init text, repeated or cut to "
+                                           "--prompt-tokens")
 
 
 class SoftPrompt(nn.Module):
     """The learned embeddings, weight (P, C)."""
 
-    def __init__(self, start: Tensor):
+    def __init__(self, initial: Tensor):
         super().__init__()
-        self.weight = nn.Parameter(start.detach().float().clone())
+        self.weight = nn.Parameter(initial.detach().float().clone())
+        self.weight.no_decay = True
 
 
 def apply(model: GPT, options: Options) -> None:
-    """Fill the model's prompt slot. Raises UserError when it would leave no room, or the options
-    contradict."""
-    count, room = options.prompt_tokens, model.config.n_positions
-    if not 1 <= count < room:
-        raise UserError(f"--prompt-tokens {count}: must be at least 1 and below the model's {room} positions")
+    """Fill the model's prompt slot. Raises UserError when it would leave no room, or options contradict."""
+    P, n_positions = options.prompt_tokens, model.config.n_positions
+    if P >= n_positions:
+        raise UserError(f"--prompt-tokens {P}: must be below the model's {n_positions} positions")
     if (options.prompt_init == "text") != (options.prompt_text is not None):
-        raise UserError("--prompt-init text and --prompt-text TEXT go together: give both or neither")
-    embeddings = model.wte.weight.detach()
-    if options.prompt_init == "noise":
-        start = torch.randn(count, model.config.n_embd).to(model.device) * 0.02
-    elif options.prompt_init == "text":
-        if model.tokenizer is None:
-            raise UserError("--prompt-init text needs the model's tokenizer, and there is none")
-        ids = model.tokenizer.encode(options.prompt_text, add_special_tokens=False).ids
-        if not ids:
-            raise UserError("--prompt-text is empty: give at least one token to start from")
-        start = embeddings[torch.tensor((ids * count)[:count])]
-    else:  # section 3.2: among the 5,000 commonest tokens, with which a BPE vocabulary begins
-        common = min(5000, model.config.vocab_size)
-        start = embeddings[torch.randperm(common)[torch.arange(count) % common]]
-    model.prompt = SoftPrompt(start)
-    model.prompt.requires_grad_(True)
+        raise UserError("--prompt-init text and --prompt-text TEXT belong together: give both or neither")
+    if options.prompt_init == "vocab":
+        common = min(COMMON_TOKENS, model.config.vocab_size)
+        sampled = torch.randperm(common)[torch.arange(P) % common]
+        initial = model.wte.weight[sampled]
+    else:  # "text" replaces these values in start_from_text
+        initial = torch.randn(P, model.config.n_embd).to(model.device) * 0.02
+    model.prompt, model.prompt_tokens = SoftPrompt(initial), P
 
 
 @torch.no_grad()
-def nearest_tokens(model: GPT, count: int = 3) -> list[list[tuple[str, float]]]:
+def start_from_text(model: GPT, options: Options, tokenizer: Tokenizer) -> None:
+    """With --prompt-init text: the embeddings of the text's tokens. Raises UserError for an empty text."""
+    if options.prompt_init != "text":
+        return
+    ids = tokenizer.encode(options.prompt_text, add_special_tokens=False).ids
+    if not ids:
+        raise UserError("--prompt-text is empty: give at least one token to start from")
+    P = model.prompt_tokens
+    repeated = (ids * P)[:P]
+    model.prompt.weight.copy_(model.wte.weight[torch.tensor(repeated)])
+
+
+@torch.no_grad()
+def nearest_tokens(model: GPT, tokenizer: Tokenizer, count: int = 3) -> list[list[tuple[str, float]]]:
     """For each learned vector the `count` vocabulary tokens nearest by cosine, with the cosine. A way to look
-    at what was learned, not an explanation of it: unlike prompts can do the same work (Lester et al. 2021,
-    section 7)."""
-    table = F.normalize(model.wte.weight.float(), dim=-1)  # (V, C)
-    cosine = F.normalize(model.prompt.weight.float(), dim=-1) @ table.T  # (P, V)
+    at them, not an explanation: different prompts can do the same work (Lester et al. 2021, section 7)."""
+    vocabulary = F.normalize(model.wte.weight.float(), dim=-1)  # (V, C)
+    cosine = F.normalize(model.prompt.weight.float(), dim=-1) @ vocabulary.T  # (P, V)
     best = cosine.topk(count)
-    near = []
+    nearest = []
     for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-        tokens = [model.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
-        near.append(list(zip(tokens, values, strict=True)))
-    return near
+        tokens = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+        nearest.append(list(zip(tokens, values, strict=True)))
+    return nearest
 
 
-def describe(model: GPT) -> list[str]:
-    """A line for each vector: its norm and its nearest tokens."""
+def describe(model: GPT, tokenizer: Tokenizer) -> list[str]:
+    """One line for each vector: its norm and its nearest tokens."""
     norms = model.prompt.weight.norm(dim=-1).tolist()
     lines = []
-    for i, (norm, near) in enumerate(zip(norms, nearest_tokens(model), strict=True)):
-        tokens = ", ".join(f"{token!r} {cosine:.2f}" for token, cosine in near)
-        lines.append(f"{i:3}  norm {norm:7.3f}  nearest {tokens}")
+    for i, nearest in enumerate(nearest_tokens(model, tokenizer)):
+        tokens = ", ".join(f"{token!r} {cosine:.2f}" for token, cosine in nearest)
+        lines.append(f"{i:3}  norm {norms[i]:7.3f}  nearest {tokens}")
     return lines
 
 
-def merge(model: GPT) -> None:
-    raise UserError("a soft prompt cannot be merged: it is extra input, and GPT-2's own weights have no "
-                    "place for it")
-
-
-PEFT_TYPE = "PROMPT_TUNING"
-
-
-@dataclass(frozen=True)
-class PeftFields:
-    """What is understood of a PEFT PromptTuningConfig; but for the first three, how the prompt began."""
-
-    num_virtual_tokens: int = 0
-    token_dim: int = 0
-    num_transformer_submodules: int = 1
-    num_attention_heads: int = 0
-    num_layers: int = 0
-    prompt_tuning_init: str = ""
-    prompt_tuning_init_text: str = ""
-    tokenizer_name_or_path: str = ""
-    tokenizer_kwargs: dict = field(default_factory=dict)
-
-
-def to_peft(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The PromptTuningConfig's fields and the tensors."""
-    config = model.config
-    fields = {"num_virtual_tokens": model.prompt_tokens, "token_dim": config.n_embd,
-              "num_attention_heads": config.n_head, "num_layers": config.n_layer,
-              "num_transformer_submodules": 1, "prompt_tuning_init": "RANDOM"}
-    return fields, {"prompt_embeddings": model.prompt.weight}
-
-
-def from_peft(model: GPT, fields: dict[str, Any], tensors: dict[str, Tensor], where: str
-              ) -> tuple[Options, dict[str, Tensor]]:
-    """The reverse: options, and tensors under this mode's names. Raises UserError."""
-    peft, shape = from_json(PeftFields, fields, where), {name: tuple(t.shape) for name, t in tensors.items()}
-    wanted = (peft.num_virtual_tokens, model.config.n_embd)
-    if peft.num_transformer_submodules != 1 or shape != {"prompt_embeddings": wanted}:
-        raise UserError(f"{where}: there must be prompt_embeddings {wanted} in one submodule, as many as "
-                        f"num_virtual_tokens and as wide as this base; there is {str(shape):.200} in "
-                        f"{peft.num_transformer_submodules}")
-    options = Options(prompt_tokens=peft.num_virtual_tokens, prompt_init="noise")
-    return options, {"prompt.weight": tensors["prompt_embeddings"]}
+MODE = Mode("prompt", Options, apply, lr=3e-2, embedded_lr=1e-1, start=start_from_text, describe=describe,
+            peft_type="PROMPT_TUNING",
+            why_no_merge="a soft prompt cannot be merged: it is extra input, and GPT-2's own weights have no "
+                         "place for it")

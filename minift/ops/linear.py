@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minift.device import by_onednn
+from minift.device import uses_onednn_bf16
 
 FEW = 32  # tokens
 
@@ -22,7 +22,7 @@ def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     In pieces it shares them: 1.8 times as fast with 768 outputs on two cores with AMX. And it packs the right
     matrix anew in each product: few tokens had better stand there, as in decoding, 1.5 times as fast.
     """
-    (M, _), N, onednn = x.shape, matrix.shape[1], by_onednn(x.device, x.dtype)
+    (M, _), N, onednn = x.shape, matrix.shape[1], uses_onednn_bf16(x.device, x.dtype)
     turned = matrix.T.is_contiguous()  # as a weight is, unless it is mapped from one of GPT-2's files
     if onednn and turned and M <= FEW:
         y = (matrix.T @ x.T).T
@@ -63,7 +63,7 @@ class PiecewiseLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K), weight (N, K), bias (N) or None, all of one dtype -> (..., N)."""
-    if not by_onednn(x.device, x.dtype):
+    if not uses_onednn_bf16(x.device, x.dtype):
         return F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled():

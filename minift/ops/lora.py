@@ -204,11 +204,10 @@ def triton_fault(device: torch.device) -> str | None:
     return None
 
 
-def choose_kernel(name: str, device: torch.device) -> str:
-    """`name` itself. Raises UserError for triton where it cannot run."""
+def check_kernel(name: str, device: torch.device) -> None:
+    """Raises UserError for triton where it cannot run."""
     if name == "triton" and (fault := triton_fault(device)):
         raise UserError(f"--kernel triton: {fault}; leave it out")
-    return name
 
 
 @functools.cache

@@ -1,49 +1,63 @@
-"""A run's folder: what a run was asked and how it went. minift/checkpoint.py writes its tensor files.
+"""A run's folder, and the files in it that are not tensors (those are minift/files/checkpoint.py's).
 
-    config.json         every option with its value and where it came from
-    metrics.jsonl       one line a step, and the validation loss where it was measured
+    config.json         every option with its value and its origin
+    metrics.jsonl       one line for each step, and one for each validation
     result.json         the scores at the end
     lock                held while a process works in the folder
+
+A comparison's folder has a run's folder for each mode, and compare.json and compare.md.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from minift import distributed as parallel
+from minift.distributed import broadcast, explain_lost_rank, is_main
 from minift.errors import UserError
+from minift.files.atomic import read_json, write_text
+from minift.files.checkpoint import TUNED, read
+
+COMPARE = "compare.json"
 
 
 def is_run(folder: Path) -> bool:
-    """Whether train.py made the folder. A model's folder has a config.json too, which must
-    not get it deleted."""
+    """Whether train.py made the folder: a model's folder also has a config.json, and must not be deleted."""
+    if (folder / COMPARE).is_file():
+        return True
     try:
-        origins = "origins" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        origins = False
-    return origins or (folder / "compare.json").is_file()
+        return "origins" in read_json(folder / "config.json", dict)
+    except UserError:
+        return False
 
 
 @contextlib.contextmanager
 def open_folder(folder: Path, overwrite: bool, resume: bool) -> Iterator[None]:
-    """A folder for a run, locked while in use: new, or emptied when `overwrite`, or as it is when `resume`. A
-    new one in which nothing was saved is removed again. Of several processes rank 0 alone has it.
+    """A folder for a run, locked while in use: new, or emptied with `overwrite`, or unchanged with `resume`. A new one
+    in which nothing was saved is removed again. Only rank 0 opens it.
 
-    Raises UserError when it is there already, is not a run's, or another process works in it.
+    Raises UserError when it exists already, is not a run's, or another process works in it.
     """
-    if not parallel.FIRST:
+    remedy = f"{folder} is intact, and train.py --resume {folder} continues from its last.safetensors"
+    with explain_lost_rank(remedy), open_on_rank0(folder, overwrite, resume):
+        yield
+
+
+@contextlib.contextmanager
+def open_on_rank0(folder: Path, overwrite: bool, resume: bool) -> Iterator[None]:
+    if not is_main():
         yield
         return
-    halves = [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]  # what a crash left half written
-    new, there = not folder.exists(), list(folder.iterdir()) if folder.is_dir() else []
-    old = [path for path in there if path.name != "lock" and path not in halves]
+    leftover_tmp = [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]  # half-written files after a crash
+    is_new = not folder.exists()
+    present = list(folder.iterdir()) if folder.is_dir() else []
+    old = [path for path in present if path.name != "lock" and path not in leftover_tmp]
     if old and not resume and not overwrite:
         raise UserError(f"{folder} exists already: name another --out, or pass --overwrite to replace it")
     if old and not is_run(folder):
@@ -55,32 +69,30 @@ def open_folder(folder: Path, overwrite: bool, resume: bool) -> Iterator[None]:
         raise UserError(f"{folder} cannot be written to: {error.strerror}; name another --out") from None
     with file:
         lock(file, folder)
-        for path in halves if resume else halves + old:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        for path in leftover_tmp if resume else leftover_tmp + old:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         try:
             yield
         except BaseException:
-            if new and not any(folder.rglob("*.safetensors")):  # it failed before there was a run
+            if is_new and not any(folder.rglob("*.safetensors")):  # it failed before there was anything to resume
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
 def lock(file: TextIO, folder: Path) -> None:
-    """Hold the file until it is closed, or the process ends in whatever way."""
+    """Hold the file until it is closed or the process ends."""
     try:
-        if sys.platform == "win32":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"{folder} is in use by another run: wait for it, or name another --out") from None
 
 
 class StopSignals:
-    """While it is entered, the first Ctrl-C or SIGTERM is only noted in `received`, for the loop to finish
-    its step and save; a second one ends the process at once."""
+    """While entered, the first Ctrl-C or SIGTERM is only noted in `received`, so that the loop can finish its step
+    and save; a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -99,46 +111,30 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def next_free(stem: Path) -> Path:
-    """runs/lora-1, runs/lora-2, ...: the first that is not there."""
-    number = 1
-    while (folder := stem.with_name(f"{stem.name}-{number}")).exists():
-        number += 1
-    return folder
+def choose_folder(out: str | None, mode_arg: str) -> Path:
+    """--out, or the first of runs/lora-1, runs/lora-2, ... that does not exist; on every rank the same."""
+    if out is not None:
+        return Path(out)
 
+    def next_free() -> Path:
+        number, name = 1, mode_arg.replace(",", "-")
+        while (folder := Path("runs") / f"{name}-{number}").exists():
+            number += 1
+        return folder
 
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of it. Rank 0 alone writes. Raises UserError when
-    it cannot be written."""
-    if not parallel.FIRST:
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is still "
-                        "there") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
+    return broadcast(next_free)
 
 
 class MetricsLog:
-    """metrics.jsonl, a line at a time, from rank 0 alone. Opened at step n, it drops the lines after n: those
-    steps will be run again."""
+    """metrics.jsonl, written line by line by rank 0. Opened at step n, it drops the lines after n: those steps will
+    run again."""
 
     def __init__(self, folder: Path, step: int):
-        self.path = folder / "metrics.jsonl" if parallel.FIRST else Path(os.devnull)
-        old = read_metrics(folder) if step and parallel.FIRST else []
-        kept = [line for line in old if line["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.path = folder / "metrics.jsonl" if is_main() else Path(os.devnull)
+        if is_main():
+            old = read_metrics(folder) if step else []
+            kept = [json.dumps(line) + "\n" for line in old if line["step"] <= step]
+            write_text(self.path, "".join(kept))
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:
@@ -146,8 +142,8 @@ class MetricsLog:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror}; make room there, then "
-                            f"--resume {self.path.parent} goes on from the last checkpoint") from None
+            raise UserError(f"{self.path} cannot be written: {error.strerror}; free disk space, then "
+                            f"--resume {self.path.parent} continues from the last checkpoint") from None
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -165,9 +161,21 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             if text.endswith(b"\n"):
                 line = json.loads(text)
                 if not isinstance(line["step"], int):
-                    raise ValueError("step is no number")
+                    raise ValueError("step is not an integer")
                 found.append(line)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path}:{len(found) + 1} cannot be read ({type(error).__name__}: {error}): put an "
-                        "empty file in its place to go on without the old lines") from None
+                        "empty file in its place to continue without the old lines") from None
     return found
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The content of result.json, if the run has ended and its tuned file is intact."""
+    def read_result() -> dict[str, Any] | None:
+        try:
+            read(folder / TUNED)
+            return read_json(folder / "result.json", dict)
+        except UserError:
+            return None
+
+    return broadcast(read_result)
