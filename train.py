@@ -35,7 +35,7 @@ from minift.errors import UserError, run_script
 from minift.files import checkpoint, weights
 from minift.files.checkpoint import Progress
 from minift.model.gpt import GPT
-from minift.ops.lora import choose_kernel
+from minift.ops.kernel_choice import check_kernel
 from minift.report import compare, metrics
 from minift.run import config
 from minift.run import folder as run
@@ -48,7 +48,8 @@ def prepare(model: GPT, asked: Config) -> None:
     model.dropout, model.checkpoint = asked.train.model_dropout, asked.train.checkpoint
     device = choose_device(asked.train.device)
     model.set_compute_dtype(choose_dtype(asked.train.dtype, device))
-    model.set_kernel(choose_kernel(asked.train.kernel, device))
+    check_kernel(asked.train.kernel, device)
+    model.set_kernel(asked.train.kernel)
 
 
 def start(model: GPT, asked: Config) -> None:

@@ -63,9 +63,9 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 @functools.cache
-def by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products go to oneDNN. It compiles a kernel for each shape, in 1 to 8 ms, and keeps it in some
-    1 MB: numbers of tokens had better be round."""
+def uses_onednn_bf16(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether matrix products go to oneDNN, in bf16. It compiles one kernel for each shape, in 1 to 8 ms, and
+    keeps it in some 1 MB, so numbers of tokens are rounded to a few values."""
     return (device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
             and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -97,7 +97,7 @@ def taken(live: int, device: torch.device, dtype: torch.dtype) -> int:
     measured with GPT-2, and oneDNN's compiled code takes some 190 MB once its cache is full."""
     if device.type == "cuda":
         return live
-    return round(1.3 * live) + (190_000_000 if by_onednn(device, dtype) else 0)
+    return round(1.3 * live) + (190_000_000 if uses_onednn_bf16(device, dtype) else 0)
 
 
 def page_out(tensor: torch.Tensor) -> None:

@@ -17,12 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minift import distributed as parallel
-from minift import modes
+from minift import modes, ops
 from minift.data.dataset import Example, collate, load_examples
 from minift.device import choose_device, choose_dtype, resident_memory, taken
 from minift.files import weights
 from minift.model.gpt import GPT, GPTConfig
-from minift.ops import register as operators
 from minift.report import compare
 from minift.run.config import Config
 
@@ -93,8 +92,8 @@ def flops(func: Any, args: Any, result: Any) -> int:
     """Of one operation: two for each product of a matrix product, attention's included (its whole square: the
     causal half is not taken off, as usual). 0 for anything else."""
     packet = func.overloadpacket
-    if packet in operators.FLOPS:
-        return operators.FLOPS[packet](*args)
+    if packet in ops.FLOPS:
+        return ops.FLOPS[packet](*args)
     if packet in LEFT_MATRIX:
         return 2 * result.numel() * args[LEFT_MATRIX[packet]].shape[-1]
     if "scaled_dot_product" in packet.__name__:

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 from minift import bench
 from minift.bench import kernels as bench_kernels
-from minift.ops import lora as kernels
+from minift.ops import kernel_choice
 from minift.ops.lora import lora_linear
 
 
@@ -50,19 +50,19 @@ def test_parts_of_a_fused_matrix(parts: str) -> None:
 def test_the_tables_lines_are_those_that_auto_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """On fake tensors of a GPU that need not be here."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    monkeypatch.setattr(kernels, "triton_fault", lambda device: None)
-    monkeypatch.setattr(kernels, "device_name", lambda device: "some GPU")
+    monkeypatch.setattr(kernel_choice, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(kernel_choice, "device_name", lambda device: "some GPU")
     gains = {("", 64): 0.9, ("", 128): 0.8, ("qv", 64): 1.1, ("qv", 128): 0.9, ("k", 64): 2, ("k", 128): 2}
     rows = [{"row": "triton", "launch": "eager", "over_function": gain,
              **asdict(bench_kernels.Case(64, 192, M, 8, 0.1, parts))} for (parts, M), gain in gains.items()]
     lines = list(bench_kernels.table_lines(rows, torch.device("cuda"), "bfloat16"))
-    monkeypatch.setattr(kernels, "TRITON_WINS", eval("{" + "".join(lines) + "}"))
+    monkeypatch.setattr(kernel_choice, "TRITON_WINS", eval("{" + "".join(lines) + "}"))
     with FakeTensorMode():
         for (parts, M), gain in gains.items():
             case = bench_kernels.Case(64, 192, M, 8, 0.1, parts)
             x, weight, B = (torch.empty(size, dtype=torch.bfloat16, device="cuda") for size in
                             ((M, 64), (192, 64), (len(case.offsets) * case.n, 8)))
-            assert kernels.triton_wins(x, weight, B, len(case.offsets), 0.1) == (gain < 1), case
+            assert kernel_choice.triton_wins(x, weight, B, len(case.offsets), 0.1) == (gain < 1), case
 
 
 WRONG = [("--shapes", "32"), ("--shapes", "32x32/qv"), ("--shapes", "32x33/x"), ("--tokens", "many"),

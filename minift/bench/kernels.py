@@ -27,7 +27,8 @@ from torch import Tensor
 
 from minift.device import DEVICES, DTYPES, choose_device, choose_dtype, machine_name, seconds
 from minift.errors import UserError
-from minift.ops.lora import lora_linear, triton_fault
+from minift.ops.kernel_choice import why_no_triton
+from minift.ops.lora import lora_linear
 from minift.options import Parser, add_options, option, resolve
 
 SCALE = 2.0
@@ -229,8 +230,8 @@ def rows_here(options: KernelOptions, device: torch.device) -> tuple[list[str], 
         missing["compile"] = "left out by --quick"
     if importlib.util.find_spec("peft") is None:
         missing["peft"] = "peft is not installed"
-    if device.type != "cuda" or triton_fault(device):
-        missing["triton"] = triton_fault(device) or "the interpreter's time means nothing"
+    if device.type != "cuda" or why_no_triton(device):
+        missing["triton"] = why_no_triton(device) or "the interpreter's time means nothing"
     return ([row for row in NAMES if row not in missing],
             [f"{NAMES[row]} is not measured: {why}" for row, why in missing.items()])
 
@@ -252,8 +253,8 @@ def verdicts(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def table_lines(rows: list[dict[str, Any]], device: torch.device, dtype: str) -> Iterator[str]:
-    """Lines for TRITON_WINS in minift/kernels.py: the tokens from which on Triton won at every count. What
-    counts is how many parts there are, not which."""
+    """Lines for TRITON_WINS in minift/ops/kernel_choice.py: the tokens from which on Triton won at every
+    count. What counts is how many parts there are, not which."""
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         name, r = torch.cuda.get_device_name(device), row
         parts, n = (len(r["parts"]), r["N"] // 3) if r["parts"] else (1, r["N"])
@@ -328,6 +329,6 @@ def bench_kernels(arguments: list[str]) -> None:
             torch._dynamo.reset()
     print("\n" + "\n".join(verdicts(rows)))
     if "triton" in names:
-        print("\nfor TRITON_WINS in minift/kernels.py:")
+        print("\nfor TRITON_WINS in minift/ops/kernel_choice.py:")
         print("\n".join(table_lines(rows, device, facts["dtype"])))
     print(json.dumps(facts | {"rows": rows}))

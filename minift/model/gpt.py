@@ -19,19 +19,19 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minift.device import by_onednn
+from minift.device import uses_onednn_bf16
 from minift.errors import UserError
 from minift.model.cache import KVCache
 from minift.ops.attention import Rows, attention
-from minift.ops.cross_entropy import head_loss
-from minift.ops.gelu import gelu_new
+from minift.ops.cross_entropy import cross_entropy
+from minift.ops.gelu import gelu_tanh
 from minift.ops.linear import linear
 
 IGNORE = -100  # a target that is not learned: the prompt's tokens and the padding
 
 ACTIVATIONS = {
-    "gelu_new": gelu_new,
-    "gelu_pytorch_tanh": gelu_new,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
@@ -262,7 +262,7 @@ class GPT(nn.Module):
             soft = f" and {P} of the soft prompt" if P else ""
             raise UserError(f"{T} tokens{soft} do not fit into the model's {self.config.n_positions} "
                             "positions: shorten the text, or lower --max-length or --max-new-tokens")
-        few_shapes = by_onednn(self.device, self.compute_dtype)
+        few_shapes = uses_onednn_bf16(self.device, self.compute_dtype)
         rows = Rows([P + n for n in lengths or [T] * B], self.device, few_shapes)
         x = self.wte(ids[rows.numbers, (rows.positions - P).clamp(min=0)])  # (B, T) -> (N, C)
         if self.prompt is not None:
@@ -305,4 +305,4 @@ class GPT(nn.Module):
         learned = (targets != IGNORE).flatten().nonzero()[:, 0]  # (n,)
         wanted = F.pad(learned, (0, -len(learned) % 64))  # few shapes: each step has its own n
         hidden = self.hidden(ids, lengths, wanted.to(ids.device))  # (n + padding, C)
-        return head_loss(hidden, self.wte.weight, targets.flatten()[learned].to(ids.device))
+        return cross_entropy(hidden, self.wte.weight, targets.flatten()[learned].to(ids.device))

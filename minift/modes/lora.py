@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021): W stays frozen, and a low-rank update s B A beside it trains.
 
 A starts with Kaiming's uniform distribution and B at zero, so the first step starts from the base exactly.
-The arithmetic is `lora_linear` in minift/kernels.py; this file says where it goes, what PEFT calls it, and
+The arithmetic is `lora_linear` in minift/ops/lora.py; this file says where it goes, what PEFT calls it, and
 how one batch uses several files.
 """
 

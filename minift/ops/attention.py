@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minift.ops import lora as kernels
+from minift.ops.dropout import dropout as seeded_dropout
 
-# Where a kernel is compiled for each shape of a product (linear.by_onednn), ragged rows had better make few:
+# Where a kernel is compiled for each shape of a product (uses_onednn_bf16), ragged rows had better make few:
 # rows are seen through windows of a multiple of WINDOW tokens, and N is a multiple of TOKENS.
 WINDOW = 32
 TOKENS = 128
@@ -230,4 +230,4 @@ def dropped(weights: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """`weights` after dropout; the same elements fall out whenever the seed is the same."""
     if not dropout:
         return weights
-    return kernels.dropped([weights.flatten(0, 1)], dropout, seed)[0].view_as(weights) / (1 - dropout)
+    return seeded_dropout(weights.flatten(0, 1), dropout, seed).view_as(weights)

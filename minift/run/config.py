@@ -13,7 +13,7 @@ from minift.device import DEVICES, DTYPES
 from minift.errors import UserError
 from minift.files import checkpoint, weights
 from minift.model.gpt import GPT
-from minift.ops.lora import KERNELS
+from minift.ops.kernel_choice import KERNELS
 from minift.options import Parser, add_options, flag, from_json, option, resolve
 from minift.run import folder as run
 
