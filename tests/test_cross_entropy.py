@@ -47,3 +47,16 @@ def test_no_target_at_all() -> None:
     hidden, weight = torch.randn(64, 12, requires_grad=True), torch.randn(101, 12, requires_grad=True)
     cross_entropy(hidden, weight, torch.tensor([], dtype=torch.long)).backward()
     assert not hidden.grad.any() and not weight.grad.any()
+
+
+def test_a_second_backward_pass() -> None:
+    """The first one gives its gradients away; with retain_graph, another one makes them again."""
+    hidden, weight = torch.randn(5, 12, requires_grad=True), torch.randn(101, 12, requires_grad=True)
+    loss = cross_entropy(hidden, weight, torch.tensor([3, 1, 4, 1, 5]))
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(2 * loss, (hidden, weight))
+    for a, b, before in zip(first, second, kept, strict=True):
+        assert torch.equal(a, before) and torch.equal(2 * a, b)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()

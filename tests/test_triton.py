@@ -33,12 +33,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = pytest.mark.skipif(DEVICE.type == "cpu", reason="no GPU here, and the interpreter cannot show this")
 SCALE = 2.5
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-# M, K, N, r, n, offsets: no multiple of a tile, and both ways of making g and dB (above rank 32, and below)
+# M, K, N, r, n, offsets: no multiple of a tile, and both ways of making g and dB (above rank 32, and below).
+# Only where K and N are multiples of 16 are the large tiles of gemm_tiles taken.
 SHAPES = {"q and v": (70, 50, 90, 5, 30, (0, 60)), "whole": (130, 133, 140, 3, 140, (0,)),
           "q, k, v of one token": (1, 20, 36, 1, 12, (0, 12, 24)),
-          "k, rank 70": (37, 24, 300, 70, 100, (100,))}
+          "k, rank 70": (37, 24, 300, 70, 100, (100,)),
+          "large tiles": (140, 144, 192, 8, 64, (0, 128))}
 CASES = [(torch.float32, name) for name in SHAPES]
 CASES += [(torch.float16, "k, rank 70"), (torch.bfloat16, "q and v"), (torch.bfloat16, "k, rank 70")]
+CASES += [(torch.bfloat16, "large tiles")]
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +107,23 @@ def test_against_float64(dtype: torch.dtype, name: str, dropout: float) -> None:
         torch.manual_seed(7)
         for ours, theirs in zip(got, step(given, offsets, dropout, "torch", dy), strict=True):
             assert error(ours, theirs.double()) < 1e-5  # the same mask, or it would be near 1
+
+
+def test_the_widest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of large products, for a small one."""
+    tiles = lora_triton.gemm_tiles(torch.bfloat16, 2048, 2048, 144, 8, 0.0)
+    assert tiles["BN"] == 256
+    monkeypatch.setattr(lora_triton, "gemm_tiles", lambda *_: tiles)
+    M, *_, offsets = SHAPES["large tiles"]
+    given = operands(SHAPES["large tiles"], torch.bfloat16, 3)
+    h = torch.randn(M, 16, generator=torch.Generator().manual_seed(4)).to(DEVICE, torch.bfloat16)
+    got = lora_triton.gemm(given["x"], given["weight"], given["bias"], h, given["B"], offsets, 0.0, None)
+    x, weight, bias = (given[name].double() for name in ("x", "weight", "bias"))
+    wanted = torch.nn.functional.linear(x, weight, bias)
+    B = given["B"].to(torch.bfloat16).double()
+    for start, h_part, B_part in zip(offsets, h.double().chunk(2, 1), B.chunk(2), strict=True):
+        wanted[:, start : start + 64] += h_part @ B_part.T
+    assert error(got, wanted) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("rows, columns", [(33, 7), (20, 301), (1, 1)])
