@@ -174,19 +174,24 @@ def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | No
     if not examples:
         raise UserError(f"{data.data}: there are no test rows to score")
     general_file = options.general or (first.train.general if first else None)
-    general_text = dataset.read_text(general_file) if general_file else None
+    general_ids = None
+    if general_file:
+        general_ids = dataset.tokenize(base.tokenizer, [dataset.read_text(general_file)])[0]
     models = {"base": base.model}
     for folder, (model, _) in tuned.items():
         models[str(folder) if len(tuned) > 1 else "tuned"] = model
     scores = {}
     for name, model in models.items():
+        general_rows = None
+        if general_ids is not None:
+            general_rows = metrics.text_windows(general_ids, model.config.n_positions, model.prompt_tokens)
         scores[name] = metrics.score(model, base.tokenizer, base.eos_token_id, examples, options.batch,
-                                     options.max_new_tokens, general_text)
+                                     options.max_new_tokens, general_rows)
     if options.json:
         print(json.dumps(scores))
         return
     print("\n".join(f"  {line}" for line in lines))
-    if general_text and any(model.prompt_tokens for model, _ in tuned.values()):
+    if general_ids and any(model.prompt_tokens for model, _ in tuned.values()):
         print("  the general text is read with the soft prompt in front")
     made = ", ".join(f"{mode} of {folder}" for folder, (_, mode) in tuned.items())
     print(f"{made}, {len(examples)} test rows")

@@ -74,7 +74,7 @@ def test_logits_of_a_real_folder_equal_transformers() -> None:
 def test_loss_and_gradients_equal_transformers(
     make_reference: Callable, from_reference: Callable, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(loss, "TOKEN_BLOCK", chunk)
     reference = make_reference()
     model = from_reference(reference)
     ids = random_ids(model, 3, 17)
@@ -139,11 +139,11 @@ def test_ragged_rows_give_what_each_row_gives_alone(make_gpt: Callable, soft: in
 
 def test_only_targets_meet_the_vocabulary(make_gpt: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_gpt()
-    seen, head_loss = [], minift.model.gpt.head_loss
+    seen, cross_entropy = [], minift.model.gpt.cross_entropy
     monkeypatch.setattr(
         minift.model.gpt,
-        "head_loss",
-        lambda hidden, *rest: seen.append(hidden.shape) or head_loss(hidden, *rest),
+        "cross_entropy",
+        lambda hidden, *rest: seen.append(hidden.shape) or cross_entropy(hidden, *rest),
     )
     ids = random_ids(model, 3, 17)
     targets = some_targets(ids)

@@ -26,13 +26,13 @@ from minift.errors import UserError
 from minift.model.cache import KVCache
 from minift.model.packing import Batch, Row, pack
 from minift.ops.attention import PackedRows, attention
-from minift.ops.cross_entropy import head_loss
-from minift.ops.gelu import gelu_new
+from minift.ops.cross_entropy import cross_entropy
+from minift.ops.gelu import gelu_tanh
 from minift.ops.linear import linear
 
 ACTIVATIONS = {
-    "gelu_new": gelu_new,
-    "gelu_pytorch_tanh": gelu_new,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
@@ -315,7 +315,7 @@ class GPT(nn.Module):
         meet the vocabulary. Validation and scores do not use it (minift/report/metrics.py)."""
         filler = -len(batch.target_positions) % 64  # each step has its own n: round it for few shapes
         hidden = self.hidden(batch, F.pad(batch.target_positions, (0, filler)))  # (n + filler, C)
-        return head_loss(hidden, self.wte.weight, batch.targets)
+        return cross_entropy(hidden, self.wte.weight, batch.targets)
 
     # ---- how it computes
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from minift.data.dataset import Example
-from minift.distributed import all_sum, local_rows
+from minift.distributed import all_sum, local_rows, reshard
 from minift.errors import UserError
 from minift.model.generate import generate
 from minift.model.gpt import GPT
@@ -44,6 +44,7 @@ def measure_losses(model: GPT, rows: list[Row], batch: int) -> dict[str, float]:
             loss += F.cross_entropy(logits, targets, reduction="sum").item()
             correct += (logits.argmax(-1) == targets).sum().item()
         count += len(packed.targets)
+    reshard(model)
     model.train(was_training)
     loss, correct, count = all_sum(loss, correct, count)
     return {"loss": loss / count, "perplexity": safe_exp(loss / count), "token_accuracy": correct / count}
