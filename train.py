@@ -40,6 +40,7 @@ from minift.files.atomic import write_json
 from minift.files.checkpoint import LAST, TUNED, Progress
 from minift.files.weights import Base
 from minift.model.gpt import GPT
+from minift.model.packing import Row
 from minift.report import compare, metrics
 from minift.report.table import cell, format_bytes
 from minift.run import config as configuration
@@ -76,8 +77,9 @@ def main(arguments: list[str]) -> None:
     base = load_base(options)
     meta_models = [build_on_meta(base, config) for config in configs]  # checks the options of every mode
     check_adapter(configs[0], base)
-    rows = load_rows(configs[0], base, max(model.prompt_tokens for model in meta_models))
-    general_text = load_general_text(options, base)
+    reserved = max(model.prompt_tokens for model in meta_models)  # of any mode, so that all read the same rows
+    rows = load_rows(configs[0], base, reserved)
+    general_rows = load_general_rows(options, base, reserved)
 
     # each mode: plan, build, train, score
     out = choose_folder(options.out, options.mode)
@@ -90,9 +92,9 @@ def main(arguments: list[str]) -> None:
             print(configuration.describe(config))
             result = finished(folder) if is_comparison and options.resume else None
             if result is None:
-                run = tune(config, base, meta_model, rows, general_text, folder)
+                run = tune(config, base, meta_model, rows, general_rows, folder)
                 if base_scores is None:  # after the first run, so that training begins at once
-                    base_scores = score(untouched_base(base, options), base, rows, options, general_text)
+                    base_scores = score(untouched_base(base, options), base, rows, options, general_rows)
                 result = report(config, run, base_scores, rows, folder)
             results.append(result)
 
@@ -138,13 +140,11 @@ def load_rows(config: Config, base: Base, reserved: int) -> Rows:
     return rows
 
 
-def load_general_text(options: TrainOptions, base: Base) -> str | None:
+def load_general_rows(options: TrainOptions, base: Base, reserved: int) -> list[Row] | None:
+    """The text outside the task, if there is one, as rows."""
     if options.general is None:
         return None
-    text = dataset.read_text(options.general)
-    if len(dataset.tokenize(base.tokenizer, [text[:1000]])[0]) < 2:
-        raise UserError(f"--general {options.general} holds fewer than two tokens: there is nothing to score")
-    return text
+    return metrics.load_general_rows(options.general, base.tokenizer, base.model.config.n_positions, reserved)
 
 
 def write_configs(out: Path, configs: list[Config], folders: list[Path]) -> None:
@@ -154,7 +154,7 @@ def write_configs(out: Path, configs: list[Config], folders: list[Path]) -> None
         configuration.save(folder, config)
 
 
-def tune(config: Config, base: Base, meta_model: GPT, rows: Rows, general_text: str | None,
+def tune(config: Config, base: Base, meta_model: GPT, rows: Rows, general_rows: list[Row] | None,
          folder: Path) -> dict[str, Any]:
     """One mode from the untouched base to scores. Returns the part of result.json that this run alone decides, and
     the completions."""
@@ -175,7 +175,7 @@ def tune(config: Config, base: Base, meta_model: GPT, rows: Rows, general_text: 
     progress = train(model, config, base, rows, folder)
     peak = peak_memory(device)
 
-    scores = score(model, base, rows, options, general_text)
+    scores = score(model, base, rows, options, general_rows)
     return {
         "steps": progress.step, "best_step": progress.best_step, "stopped_early": progress.early_stopped,
         "trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total,
@@ -184,10 +184,10 @@ def tune(config: Config, base: Base, meta_model: GPT, rows: Rows, general_text: 
         "tokens_per_second": progress.tokens / progress.seconds, "seconds": time.perf_counter() - started}
 
 
-def score(model: GPT, base: Base, rows: Rows, options: TrainOptions, general_text: str | None) -> dict[str, Any]:
+def score(model: GPT, base: Base, rows: Rows, options: TrainOptions, general_rows: list[Row] | None) -> dict[str, Any]:
     """The scores of a model on the test rows."""
     return metrics.score(model, base.tokenizer, base.eos_token_id, rows["test"], options.batch,
-                         options.max_new_tokens, general_text)
+                         options.max_new_tokens, general_rows)
 
 
 def train(model: GPT, config: Config, base: Base, rows: Rows, folder: Path) -> Progress:
@@ -272,7 +272,7 @@ def init_or_resume(model: GPT, options: TrainOptions, rows: Rows, folder: Path, 
 def validate(model: GPT, val_rows: list[Example], options: TrainOptions, folder: Path, metadata: dict[str, str],
              progress: Progress) -> float:
     """The validation loss. Saves the parameters if it is the best so far, and decides on early stopping."""
-    val_loss = metrics.measure_losses(model, val_rows, options.batch).loss
+    val_loss = metrics.measure_losses(model, val_rows, options.batch)["loss"]
     if not math.isfinite(val_loss):
         raise UserError(f"step {progress.step}: the validation loss is {val_loss}; the files in {folder} are from "
                         "before and intact: lower --lr")
@@ -309,7 +309,8 @@ def report(config: Config, run: dict[str, Any], base_scores: dict[str, Any], row
     result = {"mode": config.mode, "base": config.train.model, "learning_rate": config.train.lr, **run}
     for name in ("loss", "perplexity"):
         result[f"test_{name}"] = scores[name]
-    for name in ("token_accuracy", "exact_match", "rouge1", "rouge2", "rougeL"):
+    for name in ("token_accuracy", "exact_match", "rouge1", "rouge2", "rougeL", "completions_at_limit",
+                 "prompts_shortened", "references_over_limit"):
         result[name] = scores[name]
     result |= {"base_test_loss": base_scores["loss"], "base_rougeL": base_scores["rougeL"], "forgetting": None}
     if scores["general_loss"] is not None:
@@ -319,10 +320,13 @@ def report(config: Config, run: dict[str, Any], base_scores: dict[str, Any], row
     for i, row in enumerate(rows["test"][:3]):
         print(f"\n  {row.pair.where}   {row.pair.completion!r}\n  base   {base_scores['completions'][i]!r}\n"
               f"  tuned  {scores['completions'][i]!r}")
+    rouge = [cell(s["rougeL"], "{:.3f}".format) for s in (base_scores, scores)]
     print(f"\n{config.mode}: test loss {base_scores['loss']:.4f} -> {scores['loss']:.4f}, ROUGE-L "
-          f"{base_scores['rougeL']:.3f} -> {scores['rougeL']:.3f}, {format_bytes(result['tuned_bytes'])} in "
-          f"{folder / TUNED}, peak memory {cell(run['peak_memory_bytes'], format_bytes)}, predicted "
+          f"{rouge[0]} -> {rouge[1]}, {format_bytes(result['tuned_bytes'])} in {folder / TUNED}, peak memory "
+          f"{cell(run['peak_memory_bytes'], format_bytes)}, predicted "
           f"{cell(run['predicted_peak_bytes'], format_bytes)}")
+    for line in metrics.limit_report(scores, config.train.max_new_tokens):
+        print(f"  {line}")
     return result
 
 
