@@ -40,6 +40,7 @@ from minift.files.atomic import write_json
 from minift.files.checkpoint import TUNED, Progress
 from minift.files.weights import Base
 from minift.model.gpt import GPT
+from minift.model.packing import Row
 from minift.report import compare, metrics
 from minift.report.result import make_result, summary
 from minift.run import config as configuration
@@ -76,8 +77,9 @@ def main(arguments: list[str]) -> None:
     base = load_base(options)
     meta_models = [build_on_meta(base, config) for config in configs]  # checks the options of every mode
     check_adapter(configs[0], base)
-    rows = load_rows(configs[0], base, max(model.prompt_tokens for model in meta_models))
-    general_ids = load_general_text(options, base)
+    reserved = max(model.prompt_tokens for model in meta_models)
+    rows = load_rows(configs[0], base, reserved)
+    general_rows = load_general_rows(options, base, reserved)
 
     # each mode: plan, build, train, score
     out = choose_folder(options.out, options.mode)
@@ -90,9 +92,9 @@ def main(arguments: list[str]) -> None:
             print(configuration.describe(config))
             result = finished(folder) if is_comparison and options.resume else None
             if result is None:
-                facts, scores = tune(config, base, meta_model, rows, general_ids, folder)
+                facts, scores = tune(config, base, meta_model, rows, general_rows, folder)
                 if base_scores is None:  # after the first run, so that training begins at once
-                    base_scores = score(untouched_base(base, options), base, rows, options, general_ids)
+                    base_scores = score(untouched_base(base, options), base, rows, options, general_rows)
                 result = make_result(facts, scores, base_scores)
                 write_json(folder / "result.json", result)
                 print(summary(result, scores, base_scores, rows["test"], options.max_new_tokens))
@@ -140,14 +142,11 @@ def load_rows(config: Config, base: Base, reserved: int) -> Rows:
     return rows
 
 
-def load_general_text(options: TrainOptions, base: Base) -> list[int] | None:
-    """The token ids of --general, text outside the task on which forgetting is measured."""
+def load_general_rows(options: TrainOptions, base: Base, reserved: int) -> list[Row] | None:
+    """The text of --general, outside the task, on which forgetting is measured."""
     if options.general is None:
         return None
-    ids = dataset.tokenize(base.tokenizer, [dataset.read_text(options.general)])[0]
-    if len(ids) < 2:
-        raise UserError(f"--general {options.general} holds fewer than two tokens: there is nothing to score")
-    return ids
+    return metrics.load_general_rows(options.general, base.tokenizer, base.model.config.n_positions, reserved)
 
 
 def write_configs(out: Path, configs: list[Config], folders: list[Path]) -> None:
@@ -157,7 +156,7 @@ def write_configs(out: Path, configs: list[Config], folders: list[Path]) -> None
         configuration.save(folder, config)
 
 
-def tune(config: Config, base: Base, meta_model: GPT, rows: Rows, general_ids: list[int] | None,
+def tune(config: Config, base: Base, meta_model: GPT, rows: Rows, general_rows: list[Row] | None,
          folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """One mode, from the untouched base to scores. Returns facts of the run for result.json, and the scores."""
     options, started = config.train, time.perf_counter()
@@ -177,7 +176,7 @@ def tune(config: Config, base: Base, meta_model: GPT, rows: Rows, general_ids: l
     progress = train(model, config, base, rows, folder)
     peak = peak_memory(device)
 
-    scores = score(model, base, rows, options, general_ids)
+    scores = score(model, base, rows, options, general_rows)
     facts = {
         "mode": config.mode, "base": options.model, "learning_rate": options.lr,
         "steps": progress.step, "best_step": progress.best_step, "stopped_early": progress.early_stopped,
@@ -189,11 +188,8 @@ def tune(config: Config, base: Base, meta_model: GPT, rows: Rows, general_ids: l
     return facts, scores
 
 
-def score(model: GPT, base: Base, rows: Rows, options: TrainOptions, general_ids: list[int] | None) -> dict[str, Any]:
+def score(model: GPT, base: Base, rows: Rows, options: TrainOptions, general_rows: list[Row] | None) -> dict[str, Any]:
     """The scores of a model on the test rows."""
-    general_rows = None
-    if general_ids is not None:
-        general_rows = metrics.text_windows(general_ids, model.config.n_positions, model.prompt_tokens)
     return metrics.score(model, base.tokenizer, base.eos_token_id, rows["test"], options.batch,
                          options.max_new_tokens, general_rows)
 

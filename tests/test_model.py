@@ -300,3 +300,15 @@ def test_hidden_leaves_the_soft_prompts_states_out(make_gpt: Callable) -> None:
     model.prompt = nn.Embedding(4, model.config.n_embd)
     assert model.prompt_tokens == 4
     assert model.hidden(random_ids(model, 2, 7)).shape == (2, 7, model.config.n_embd)
+
+
+def test_training_a_shared_copy_leaves_the_base_as_it_is(make_gpt: Callable) -> None:
+    base = make_gpt()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    tuned = base.shared_copy()
+    tuned.requires_grad_(True)
+    tuned.set_compute_dtype(torch.float32)  # the dtype that they have already
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 1
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())

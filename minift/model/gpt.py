@@ -328,7 +328,9 @@ class GPT(nn.Module):
             # a frozen weight that needs no conversion may stay mapped from its file, transposed
             if parameter.requires_grad or parameter.dtype != stored:
                 source = parameter.data
-                parameter.data = source.to(stored).contiguous()
+                # a tuned weight is copied even in the right dtype: the optimizer must not change a shared base
+                parameter.data = source.to(stored, copy=parameter.requires_grad,
+                                           memory_format=torch.contiguous_format)
                 release_pages(source)  # of the base's file, which need not stay in memory beside the copy
 
     def set_kernel(self, kernel: str) -> None:
