@@ -22,7 +22,7 @@ from minift.files import weights
 from minift.files.weights import Base
 from minift.model.gpt import GPT, GPTConfig
 from minift.model.packing import Row
-from minift.ops.register import FLOPS
+from minift.ops import FLOPS
 from minift.report.table import format_bytes, table
 from minift.run.config import Config
 from minift.training import build_on_meta, largest_batch, make_optimizer, train_step

@@ -58,16 +58,17 @@ def test_a_comparison_keeps_its_own_table_beside_the_runs(tmp_path):
     assert (tmp_path / "all-1" / "compare.md").exists() and not (tmp_path / "compare.md").exists()
 
 
-def test_without_words_in_the_references_the_test_loss_ranks(tmp_path):
-    changes = {"rougeL": None, "base_rougeL": None}
+@pytest.mark.parametrize("rouge, reason", [(None, "ROUGE is not measured"), (0.0, "ROUGE-L is 0 in every run")])
+def test_where_rouge_says_nothing_the_test_loss_ranks(tmp_path, rouge, reason):
+    changes = {"rougeL": rouge, "base_rougeL": rouge}
     folders = [fake_run(tmp_path / "a", test_loss=1.2, trainable_parameters=10, **changes),
                fake_run(tmp_path / "b", test_loss=1.0, trainable_parameters=30, **changes),
                fake_run(tmp_path / "c", test_loss=1.005, trainable_parameters=20, **changes)]
     text = compare.compare_runs(folders)
-    assert "b is the best: test loss 1.0000 (base: 3.0000). ROUGE is not measured" in text
+    assert f"b is the best: test loss 1.0000 (base: 3.0000). {reason}" in text
     assert "c is the cheapest within 1 % of the best test loss" in text
     assert "within 1 % of the best ROUGE-L" not in text
-    assert text.splitlines()[2].split("|")[11].strip() == "-"
+    assert text.splitlines()[2].split("|")[11].strip() == ("-" if rouge is None else "0.0000")
 
 
 def test_a_finding_names_the_run_that_it_is_about(tmp_path):

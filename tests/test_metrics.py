@@ -1,9 +1,11 @@
 """The scores against transformers' loss and plain loops; test_rouge.py has ROUGE's."""
 
+import copy
 import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,9 +183,20 @@ def test_the_loss_of_a_text_equals_a_plain_loop(speaker: GPT, tokenizer: Any, so
     assert rows == metrics.text_windows(ids, 96, 0)  # base and tuned model read the same
     for batch in (1, 3, 100):
         assert metrics.measure_losses(speaker, rows, batch)["loss"] == pytest.approx(loss / count, rel=1e-5)
-    for nothing in ([], ids[:1]):
-        with pytest.raises(UserError, match="fewer than two tokens"):
-            metrics.text_windows(nothing, 96)
+
+
+def test_a_file_of_general_text(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])  # a text has it between its documents
+    file = tmp_path / "general.txt"
+    file.write_text("The fridge is broken. <|endoftext|>" * 9, encoding="utf-8")
+    ids = tokenizer.encode("The fridge is broken. <|endoftext|>" * 9).ids
+    rows = metrics.load_general_rows(file, tokenizer, 96, 0)
+    assert rows == metrics.text_windows(ids, 96, 0) and len(rows) > 1 and rows[0].ids.count(EOS) > 1
+    for nothing in ("", "a"):
+        file.write_text(nothing, encoding="utf-8")
+        with pytest.raises(UserError, match="general.txt has fewer than two tokens"):
+            metrics.load_general_rows(file, tokenizer, 96, 0)
 
 
 def test_the_loss_of_a_text_behind_a_long_soft_prompt(speaker: GPT, tokenizer: Any) -> None:
@@ -197,7 +210,7 @@ def test_the_loss_of_a_text_behind_a_long_soft_prompt(speaker: GPT, tokenizer: A
 
 def test_all_scores_stand_under_their_names(speaker: GPT, tokenizer: Any) -> None:
     examples = some_examples(5, vocabulary=320)
-    general_rows = metrics.text_windows(tokenizer.encode("The fridge is broken").ids, 96)
+    general_rows = metrics.text_windows(tokenizer.encode("The fridge is broken").ids, 96, 0)
     scores = metrics.score(speaker, tokenizer, EOS, examples, 2, 4, general_rows)
     losses = metrics.measure_losses(speaker, examples, 100)
     assert scores["loss"] == pytest.approx(losses["loss"])

@@ -74,7 +74,7 @@ def test_logits_of_a_real_folder_equal_transformers() -> None:
 def test_loss_and_gradients_equal_transformers(
     make_reference: Callable, from_reference: Callable, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(loss, "TOKEN_BLOCK", chunk)
     reference = make_reference()
     model = from_reference(reference)
     ids = random_ids(model, 3, 17)
@@ -139,11 +139,11 @@ def test_ragged_rows_give_what_each_row_gives_alone(make_gpt: Callable, soft: in
 
 def test_only_targets_meet_the_vocabulary(make_gpt: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_gpt()
-    seen, head_loss = [], minift.model.gpt.head_loss
+    seen, cross_entropy = [], minift.model.gpt.cross_entropy
     monkeypatch.setattr(
         minift.model.gpt,
-        "head_loss",
-        lambda hidden, *rest: seen.append(hidden.shape) or head_loss(hidden, *rest),
+        "cross_entropy",
+        lambda hidden, *rest: seen.append(hidden.shape) or cross_entropy(hidden, *rest),
     )
     ids = random_ids(model, 3, 17)
     targets = some_targets(ids)
@@ -300,3 +300,15 @@ def test_hidden_leaves_the_soft_prompts_states_out(make_gpt: Callable) -> None:
     model.prompt = nn.Embedding(4, model.config.n_embd)
     assert model.prompt_tokens == 4
     assert model.hidden(random_ids(model, 2, 7)).shape == (2, 7, model.config.n_embd)
+
+
+def test_training_a_shared_copy_leaves_the_base_as_it_is(make_gpt: Callable) -> None:
+    base = make_gpt()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    tuned = base.shared_copy()
+    tuned.requires_grad_(True)
+    tuned.set_compute_dtype(torch.float32)  # the dtype that they have already
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 1
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())

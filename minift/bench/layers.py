@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minift.ops.lora import lora_linear, triton_fault
+from minift.ops.kernel_choice import why_no_triton
+from minift.ops.lora import lora_linear
 
 SCALE = 2.0
 MAX_RING = 256  # layers at most: a ring of tiny layers would take minutes to fill the cache
@@ -163,7 +164,7 @@ def find_rows(quick: bool, device: torch.device) -> tuple[list[str], dict[str, s
         missing["compile"] = "--quick leaves it out"
     if importlib.util.find_spec("peft") is None:
         missing["peft"] = "peft is not installed"
-    if reason := triton_fault(device):
+    if reason := why_no_triton(device):
         missing["triton"] = reason
     elif device.type != "cuda":
         missing["triton"] = "Triton's interpreter, which runs here, is no measure of speed"

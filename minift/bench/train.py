@@ -28,7 +28,7 @@ from minift.errors import UserError
 from minift.model.gpt import GPT
 from minift.model.packing import Row
 from minift.modes import MODES
-from minift.ops.lora import KERNELS, check_kernel
+from minift.ops.kernel_choice import KERNELS, check_kernel
 from minift.options import Parser, add_options, flag, option, resolve
 from minift.plan import SIZES, MemoryMeter
 from minift.report.table import format_bytes, table_head, table_row

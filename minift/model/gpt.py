@@ -26,13 +26,13 @@ from minift.errors import UserError
 from minift.model.cache import KVCache
 from minift.model.packing import Batch, Row, pack
 from minift.ops.attention import PackedRows, attention
-from minift.ops.cross_entropy import head_loss
-from minift.ops.gelu import gelu_new
+from minift.ops.cross_entropy import cross_entropy
+from minift.ops.gelu import gelu_tanh
 from minift.ops.linear import linear
 
 ACTIVATIONS = {
-    "gelu_new": gelu_new,
-    "gelu_pytorch_tanh": gelu_new,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
@@ -315,7 +315,7 @@ class GPT(nn.Module):
         meet the vocabulary. Validation and scores do not use it (minift/report/metrics.py)."""
         filler = -len(batch.target_positions) % 64  # each step has its own n: round it for few shapes
         hidden = self.hidden(batch, F.pad(batch.target_positions, (0, filler)))  # (n + filler, C)
-        return head_loss(hidden, self.wte.weight, batch.targets)
+        return cross_entropy(hidden, self.wte.weight, batch.targets)
 
     # ---- how it computes
 
@@ -328,7 +328,9 @@ class GPT(nn.Module):
             # a frozen weight that needs no conversion may stay mapped from its file, transposed
             if parameter.requires_grad or parameter.dtype != stored:
                 source = parameter.data
-                parameter.data = source.to(stored).contiguous()
+                # a tuned weight is copied even in the right dtype: the optimizer must not change a shared base
+                parameter.data = source.to(stored, copy=parameter.requires_grad,
+                                           memory_format=torch.contiguous_format)
                 release_pages(source)  # of the base's file, which need not stay in memory beside the copy
 
     def set_kernel(self, kernel: str) -> None:

@@ -51,8 +51,7 @@ def findings(results: list[dict[str, Any]]) -> list[Finding]:
     """What the numbers say, a sentence each, about the best runs first, then about each run's troubles."""
     found = []
     if is_comparable(results):
-        has_rouge = all(r["rougeL"] is not None for r in results)
-        found += rank_by_rouge(results) if has_rouge else rank_by_loss(results)
+        found += rank(results)
         measured = [r for r in results if r["forgetting"] is not None]
         if measured:
             least = min(measured, key=lambda r: r["forgetting"])
@@ -61,6 +60,16 @@ def findings(results: list[dict[str, Any]]) -> list[Finding]:
     for result in results:
         found += troubles(result)
     return found
+
+
+def rank(results: list[dict[str, Any]]) -> list[Finding]:
+    """The best and the cheapest run, by ROUGE-L where it says something."""
+    if any(r["rougeL"] is None for r in results):
+        return rank_by_loss(results, "ROUGE is not measured, as the test rows have no prompts, or no words in their "
+                            "references")
+    if not any(r["rougeL"] for r in results):
+        return rank_by_loss(results, "ROUGE-L is 0 in every run")
+    return rank_by_rouge(results)
 
 
 def rank_by_rouge(results: list[dict[str, Any]]) -> list[Finding]:
@@ -74,13 +83,12 @@ def rank_by_rouge(results: list[dict[str, Any]]) -> list[Finding]:
     return [Finding(name, sentence), cheapest(near, "within 1 % of the best ROUGE-L")]
 
 
-def rank_by_loss(results: list[dict[str, Any]]) -> list[Finding]:
-    """The same by test loss alone, for rows that ROUGE says nothing about."""
+def rank_by_loss(results: list[dict[str, Any]], reason: str) -> list[Finding]:
+    """The same by test loss alone, and the reason for it."""
     best = min(results, key=lambda r: r["test_loss"])
     name = run_name(best)
-    sentence = (f"{name} is the best: test loss {best['test_loss']:.4f} (base: "
-                f"{best['base_test_loss']:.4f}). ROUGE is not measured, as the test rows have no prompts, or "
-                "no words in their references, so the test loss decides.")
+    sentence = (f"{name} is the best: test loss {best['test_loss']:.4f} (base: {best['base_test_loss']:.4f}). "
+                f"{reason}, so the test loss decides.")
     near = [r for r in results if r["test_loss"] <= 1.01 * best["test_loss"]]
     return [Finding(name, sentence), cheapest(near, "within 1 % of the best test loss")]
 

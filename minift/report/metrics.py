@@ -4,14 +4,15 @@ Forgetting is the same loss on text outside the task (`text_windows`), after tun
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from minift.data.dataset import Example
-from minift.distributed import all_sum, local_rows
+from minift.data.dataset import Example, read_text
+from minift.distributed import all_sum, local_rows, reshard
 from minift.errors import UserError
 from minift.model.generate import generate
 from minift.model.gpt import GPT
@@ -44,6 +45,7 @@ def measure_losses(model: GPT, rows: list[Row], batch: int) -> dict[str, float]:
             loss += F.cross_entropy(logits, targets, reduction="sum").item()
             correct += (logits.argmax(-1) == targets).sum().item()
         count += len(packed.targets)
+    reshard(model)  # a pass without a backward pass leaves sharded parameters gathered
     model.train(was_training)
     loss, correct, count = all_sum(loss, correct, count)
     return {"loss": loss / count, "perplexity": safe_exp(loss / count), "token_accuracy": correct / count}
@@ -54,16 +56,21 @@ def safe_exp(x: float) -> float:
     return math.exp(x) if x < 709 else math.inf
 
 
-def text_windows(ids: list[int], n_positions: int, prompt_tokens: int = 0) -> list[Row]:
+def load_general_rows(path: str | Path, tokenizer: Tokenizer, n_positions: int, reserved: int) -> list[Row]:
+    """The text of a file as rows for `measure_losses`, see `text_windows`. Raises UserError."""
+    ids = tokenizer.encode(read_text(path), add_special_tokens=False).ids
+    if len(ids) < 2:
+        raise UserError(f"--general {path} has fewer than two tokens, so it has no loss: give a longer text")
+    return text_windows(ids, n_positions, reserved)
+
+
+def text_windows(ids: list[int], n_positions: int, reserved: int) -> list[Row]:
     """The token ids of a text as rows in which every token after the first is a target, each token once.
 
     A window takes half of the model's positions, MAX_WINDOW at most, so that models with and without a soft
-    prompt of `prompt_tokens` read the same windows. Raises UserError for a text of fewer than two tokens.
+    prompt read the same windows; less where the most positions that any of them has reserved leave less.
     """
-    if len(ids) < 2:
-        raise UserError("the general text has fewer than two tokens, so it has no loss: give a longer one "
-                        "to --general")
-    window = min(MAX_WINDOW, n_positions // 2, n_positions - prompt_tokens)
+    window = min(MAX_WINDOW, n_positions // 2, n_positions - reserved)
     # windows overlap by one token: a window's last target is the first token that the next one reads
     return [text_row(ids[start : start + window + 1]) for start in range(0, len(ids) - 1, window)]
 
@@ -84,25 +91,19 @@ def write_completions(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: l
     texts = [""] * len(examples)
     at_limit = shortened = too_long = 0
     prompted = [i for i, example in enumerate(examples) if example.pair.prompt]
-    order = sorted(prompted, key=lambda i: completion_start(examples[i]))  # of like length, decoded together
+    order = sorted(prompted, key=lambda i: len(examples[i].prompt))  # prompts of like length go together
     for first in range(0, len(order), DECODE_BATCH):
         indices = order[first : first + DECODE_BATCH]
         prompts = []
         for i in indices:
-            prompt = examples[i].ids[: completion_start(examples[i])]
-            prompts.append(prompt[-room:])  # its end matters most
-            shortened += len(prompt) > room
+            prompts.append(examples[i].prompt[-room:])  # the end of a prompt matters most
+            shortened += len(examples[i].prompt) > room
             too_long += reference_length(examples[i], eos_id) > max_new_tokens
         for i, new in zip(indices, generate(model, prompts, max_new_tokens, stop=eos_id), strict=True):
             texts[i] = tokenizer.decode(new).strip()
             at_limit += len(new) == max_new_tokens
     return texts, {"completions_at_limit": at_limit, "prompts_shortened": shortened,
                    "references_over_limit": too_long}
-
-
-def completion_start(example: Example) -> int:
-    """Where the row's last learned span begins: what stands before it is the prompt."""
-    return example.spans[-1][0]
 
 
 def reference_length(example: Example, eos_id: int) -> int:
