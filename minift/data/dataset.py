@@ -62,13 +62,13 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Example(Row):
-    """A row of tokens, and the pair that it was made of."""
+    """A row of tokens, and its pair of texts."""
 
     pair: Pair
 
     @property
     def prompt(self) -> list[int]:
-        """The tokens before the last span: what a completion is generated from."""
+        """The tokens before the last span; a completion is generated from them."""
         return self.ids[: self.spans[-1][0]]
 
 
@@ -285,7 +285,7 @@ def length_report(name: str, pairs: list[Pair], examples: list[Example], counts:
 
 
 def _text_report(counts: list[Counts], rows: int, options: DataOptions) -> list[str]:
-    """What stands between prompts and completions, and the control tokens in the texts."""
+    """The rows in which `join` was put, and the control tokens in the texts."""
     lines = []
     joined = sum(each.joined for each in counts)
     if joined:
