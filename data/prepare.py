@@ -1,11 +1,9 @@
 """What the scripts of the public data sets share: fetching, finding, reading, checking and writing."""
 
 import argparse
-import contextlib
 import hashlib
 import http.client
 import json
-import os
 import sys
 import tempfile
 import urllib.request
@@ -16,6 +14,7 @@ from typing import Any
 
 from minift.data.pairs import READERS
 from minift.errors import UserError
+from minift.files.atomic import write_atomically
 
 Row = dict[str, str]
 
@@ -124,18 +123,13 @@ def jsonl(rows: list[Row]) -> bytes:
 
 
 def write_splits(splits: dict[str, list[Row]], out: Path) -> None:
-    """Write `out`/train.jsonl and so on, each whole or not at all. UserError: the disk refuses."""
+    """Write `out`/train.jsonl and so on, each atomically. Raises UserError when the disk refuses."""
     for split, rows in splits.items():
         path = out / f"{split}.jsonl"
-        temporary = out / f".{split}.jsonl.tmp"
-        content = jsonl(rows)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        content = jsonl(rows)
+        write_atomically(path, [content])
         print(f"{path}: {len(rows):,} rows, sha256 {hashlib.sha256(content).hexdigest()}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from minift import modes
 from minift.errors import UserError
 from minift.files import safetensors
+from minift.files.atomic import write_text
 from minift.files.weights import FLOATS, make_folder, read_bin, read_json
 from minift.model.gpt import GPT
 
@@ -46,7 +47,7 @@ def save(folder: Path, model: GPT, mode: str, base: str) -> None:
     named = {PREFIX + name if "." in name else name: t.float().contiguous() for name, t in tensors.items()}
     safetensors.write(folder / TENSORS, named, {"format": "pt"})
     text = json.dumps(about | fields, indent=2) + "\n"
-    safetensors.write_file(folder / CONFIG, [text.encode()])
+    write_text(folder / CONFIG, text)
 
 
 def read(folder: Path, model: GPT) -> tuple[str, Any, dict[str, Tensor]]:
