@@ -141,10 +141,11 @@ def main(arguments: list[str]) -> None:
     if first is None and options.model is None:
         raise UserError(f"{folders[0]} is a PEFT folder, which does not hold its base: give --model")
     base_name = options.model or first.train.model
-    base, device = weights.load(base_name), choose_device(options.device)
+    loaded, device = weights.load(base_name), choose_device(options.device)
+    base = config.as_model(loaded)
     base.requires_grad_(False)
     if options.save or options.save_peft:
-        save(*load_tuned(folders[0], asked[folders[0]], base, base_name), folders[0], options, base_name)
+        save(*load_tuned(folders[0], asked[folders[0]], base, base_name), folders[0], options, loaded)
         return
     base.set_compute_dtype(choose_dtype(options.dtype, device))
     data.require_tokenizer(base)
@@ -166,14 +167,14 @@ def main(arguments: list[str]) -> None:
             print("\n".join(modes.describe(model, mode)))
 
 
-def save(model: GPT, mode: str, folder: Path, options: EvalOptions, base_name: str) -> None:
+def save(model: GPT, mode: str, folder: Path, options: EvalOptions, base: weights.Base) -> None:
     """--save and --save-peft."""
     if options.save_peft:
-        peft.save(Path(options.save_peft), model, mode, base_name)
+        peft.save(Path(options.save_peft), model, mode, base.name)
         print(f"{options.save_peft}: {mode} of {folder} as a PEFT folder")
     if options.save:
         modes.merge(model, mode)
-        weights.save_folder(model, Path(options.save))
+        weights.save_folder(base, model, Path(options.save))
         print(f"{options.save}: {mode} of {folder} as a Hugging Face folder")
 
 

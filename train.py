@@ -260,7 +260,7 @@ def tune(asked: Config, shape: GPT, rows: dict[str, list[Example]], general: str
     reset_peak_memory(device)
     predicted = planned and planned["predicted_peak_bytes"] + resident_memory(device)
     torch.manual_seed(options.seed)
-    model = weights.load(options.model)
+    model = config.as_model(weights.load(options.model))
     total = sum(p.numel() for p in model.parameters())
     prepare(model, asked)
     if options.adapter and not parallel.from_first((folder / checkpoint.LAST).exists):
@@ -306,7 +306,7 @@ def main(arguments: list[str]) -> None:
         return
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    base = weights.load(options.model)
+    base = config.as_model(weights.load(options.model))
     print(f"base {base.folder}: {sum(p.numel() for p in base.parameters()):,} parameters, on {device} in "
           f"{str(dtype).removeprefix('torch.')}")
     config.check_modes(asked, base)
@@ -324,7 +324,7 @@ def main(arguments: list[str]) -> None:
 
     @functools.cache
     def score_base() -> dict[str, Any]:  # asked for when the first run is over: training begins at once
-        untouched = weights.load(options.model)
+        untouched = config.as_model(weights.load(options.model))
         untouched.requires_grad_(False)
         untouched.set_compute_dtype(dtype)
         parallel.place(untouched, device, options.shard)
@@ -341,7 +341,7 @@ def main(arguments: list[str]) -> None:
             print(config.describe(one))
             if not options.resume:
                 config.save(folders[mode], one)
-        shape = weights.blank(base.folder)
+        shape = config.as_model(weights.load_on_meta(str(base.folder)))
         del base
         again = several and options.resume
         done = parallel.from_first(

@@ -24,16 +24,8 @@ from minift.files import weights
 from minift.model.gpt import GPT, GPTConfig
 from minift.ops import register as operators
 from minift.report import compare
-from minift.run.config import Config
+from minift.run.config import Config, as_model
 
-SIZES = {
-    "distilgpt2": GPTConfig(n_layer=6),
-    "gpt2": GPTConfig(),
-    "gpt2-medium": GPTConfig(n_embd=1024, n_layer=24, n_head=16),
-    "gpt2-large": GPTConfig(n_embd=1280, n_layer=36, n_head=20),
-    "gpt2-xl": GPTConfig(n_embd=1600, n_layer=48, n_head=25),
-    "gpt3-175b": GPTConfig(n_embd=12288, n_layer=96, n_head=96, n_positions=2048),  # Brown et al. 2020
-}
 COLUMNS = {
     "mode": "mode",
     "trainable_parameters": "trainable",
@@ -123,15 +115,6 @@ class Answers(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def blank(name: str) -> GPT:
-    """The model of a name in SIZES, or of a folder, on the meta device: its shapes, and the folder's
-    tokenizer where there is one, but no weights. Raises UserError."""
-    if name in SIZES:
-        with torch.device("meta"):
-            return GPT(SIZES[name])
-    return weights.blank(weights.find_folder(name))
-
-
 def predict(asked: Config, shape: GPT, batch: list[Example], prepare: Callable[..., None],
             make_optimizer: Callable[..., torch.optim.Optimizer], train_step: Callable[..., Any]
             ) -> dict[str, Any]:
@@ -192,7 +175,8 @@ def report(asked: dict[str, Config], prepare: Callable[..., None],
     """What train.py --plan prints: the step that is planned and a row for each mode. The four functions are
     train.py's. Raises UserError."""
     first = next(iter(asked.values()))
-    options, device, shape = first.train, choose_device(first.train.device), blank(first.train.model)
+    options, device = first.train, choose_device(first.train.device)
+    shape = as_model(weights.load_on_meta(options.model))
     room = shape.config.n_positions - max(one.prompt_tokens for one in asked.values())
     if first.data.data and shape.tokenizer is not None:
         rows, _ = load_examples(first.data, options.seed, shape, room, {"train": None})

@@ -38,6 +38,7 @@ from minift.files import checkpoint, peft, safetensors, weights
 from minift.model import generate
 from minift.model.gpt import GPT
 from minift.modes import lora
+from minift.run.config import as_model
 
 PLAIN = ["--dtype", "fp32", "--device", "cpu", "--batch", "4", "--max-new-tokens", "6"]
 IDS = torch.tensor([[5, 17, 250, 3, 44, 9, 120], [7, 7, 90, 31, 2, 300, 8], [61, 5, 12, 99, 45, 1, 4]])
@@ -51,7 +52,7 @@ def quick() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def base(model_folder: Path) -> GPT:
-    return weights.load(str(model_folder)).requires_grad_(False).eval()
+    return as_model(weights.load(str(model_folder))).eval()
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +347,7 @@ REFUSED_PROMPT = {
     "no length": (edit(num_virtual_tokens=None), ["prompt_embeddings"]),
     "two submodules": (edit(num_transformer_submodules=2), ["submodule"]),
     "a wider base": (retensor(lambda t: {n: torch.cat([v, v], -1) for n, v in t.items()}), ["(9, 48)"]),
-    "the wrong method": (edit(peft_type="LORA"), ["num_", "cannot be honoured"]),
+    "the wrong method": (edit(peft_type="LORA"), ["num_", "not supported"]),
     "another name": (retensor(lambda t: {f"{n}_2": v for n, v in t.items()}), ["prompt_embeddings_2"]),
 }
 
@@ -508,7 +509,7 @@ def test_several_files_share_one_base_which_stays_as_it_is(runs: dict[str, Path]
     before, values = logits(base), {name: p.clone() for name, p in base.named_parameters()}
     alone = {}
     for name, folder in runs.items():
-        fresh = weights.load(str(base.folder))
+        fresh = as_model(weights.load(str(base.folder)))
         checkpoint.load_tuned(folder, fresh, "base")
         alone[name] = logits(fresh.eval())
     models = {name: loaded(base, folder) for name, folder in runs.items()}

@@ -24,16 +24,17 @@ from minift.device import (
     seconds,
 )
 from minift.errors import UserError
+from minift.files.weights import PRESETS
 from minift.model.gpt import GPT
 from minift.options import Parser, add_options, option, resolve
-from minift.plan import SIZES, Meter
+from minift.plan import Meter
 from minift.report import compare
 from minift.run.config import TrainOptions
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    size: str = option("gpt2", f"the model's shape: {', '.join(SIZES)}")
+    size: str = option("gpt2", f"the model's shape: {', '.join(PRESETS)}")
     mode: str = option("all", f"{', '.join(modes.MODES)}, a comma list of them, or all")
     batch: int = option(8, "rows of a step")
     tokens: int = option(167, "tokens of a row (the default: a mean row of SAMSum)")
@@ -59,7 +60,7 @@ def measure(mode: str, options: BenchOptions, train: Any) -> dict[str, Any]:
     reset_peak_memory(device)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)  # in which frozen weights stay: no second copy of a large model
-    model = GPT(SIZES[options.size])
+    model = GPT(PRESETS[options.size].config)
     torch.set_default_dtype(torch.float32)
     model.init_weights(0)
     defaults = modes.MODES[mode].TRAINING
@@ -98,8 +99,8 @@ def bench_train(arguments: list[str]) -> None:
     add_options(parser, "options", BenchOptions)
     options, _ = resolve(BenchOptions, parser.parse_args(arguments), {})
     chosen = list(modes.MODES) if options.mode == "all" else options.mode.split(",")
-    if options.size not in SIZES or not set(chosen) <= set(modes.MODES):
-        raise UserError(f"--size {options.size} --mode {options.mode}: sizes are {', '.join(SIZES)}, modes "
+    if options.size not in PRESETS or not set(chosen) <= set(modes.MODES):
+        raise UserError(f"--size {options.size} --mode {options.mode}: sizes are {', '.join(PRESETS)}, modes "
                         f"{', '.join(modes.MODES)}")
     if not 1 <= options.targets < options.tokens or min(options.batch, options.steps) < 1:
         raise UserError(f"--tokens {options.tokens} --targets {options.targets} --batch {options.batch} "

@@ -190,7 +190,7 @@ def read_tuned(folder: Path, model: GPT, base: str, expected: dict[str, str] | N
     """
     path = folder / TUNED
     if peft.is_folder(folder):
-        return peft.read(folder, model)
+        return peft.read(folder, model.config)
     if not path.is_file() and not run.is_run(folder):
         raise UserError(f"{folder} holds nothing tuned: a run's folder has {TUNED}, one of PEFT "
                         f"{peft.CONFIG}")

@@ -4,8 +4,8 @@ A mode is a module with three names: `Options`, a frozen dataclass whose fields 
 `TRAINING`, its measured defaults for lr and weight_decay; and `apply(model, options)`, which injects what the
 mode adds to a wholly frozen model and unfreezes what trains. A mode that adds parameters may have
 `merge(model)`, which folds them into the base's own weights, or raises UserError with the reason why it
-cannot; any mode may have `describe(model)`, lines about what it learned; and one that PEFT has too has
-`PEFT_TYPE`, `PeftFields`, `to_peft` and `from_peft` (see minift/peft.py). Nothing else in the project asks
+cannot; any mode may have `describe(model)`, lines about what it learned; `peft_type` is PEFT's name
+of it, or None (see minift/files/peft.py). Nothing else in the project asks
 for a mode by name, but for eval.py's batch of several LoRA files.
 """
 

@@ -14,6 +14,7 @@ from minift.errors import UserError
 from minift.model.gpt import GPT, Linear
 from minift.options import option
 
+peft_type = None
 TRAINING = {"lr": 1e-3, "weight_decay": 0.0}
 
 

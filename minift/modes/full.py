@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from minift.model.gpt import GPT
 
+peft_type = None
 TRAINING = {"lr": 1e-4, "weight_decay": 0.01}
 
 

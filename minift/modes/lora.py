@@ -6,11 +6,8 @@ how one batch uses several files.
 """
 
 import math
-import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +16,9 @@ from torch import Tensor, nn
 from minift.errors import UserError
 from minift.model.gpt import GPT, Linear
 from minift.ops.lora import lora_linear
-from minift.options import finite, from_json, option, whole
+from minift.options import finite, option, whole
 
+peft_type = "LORA"
 TRAINING = {"lr": 1e-3, "weight_decay": 0.0}
 GROUPS = {"all": "q,k,v,o,fc,proj", "attention": "q,k,v,o", "mlp": "fc,proj"}
 TARGETS = ("q", "k", "v", "qkv", "o", "fc", "proj")
@@ -157,127 +155,6 @@ def unmerge(model: GPT) -> None:
     for layer in lora_layers(model).values():
         if layer.unmerged is not None:
             layer.weight.data, layer.unmerged = layer.unmerged, None
-
-
-PEFT_TYPE = "LORA"
-
-
-@dataclass(frozen=True)
-class PeftFields:
-    """What is understood of a PEFT LoraConfig, with PEFT's defaults."""
-
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    fan_in_fan_out: bool = True  # how the base stores its weight, which changes nothing in the update
-    bias: str = option("none", "biases that train too", ("none",))
-    init_lora_weights: bool | str = option(True, "the start; others take something off the base's weights")
-    target_modules: list | str = field(default_factory=lambda: ["c_attn"])
-    exclude_modules: list | str = ""
-    layers_to_transform: list | int = field(default_factory=list)
-    layers_pattern: list | str = ""
-    rank_pattern: dict = field(default_factory=dict)
-    alpha_pattern: dict = field(default_factory=dict)
-    qalora_group_size: int = 16  # this and the next say nothing while use_qalora and megatron_config are off
-    megatron_core: str = ""
-
-
-def to_peft(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The LoraConfig's fields and the tensors. Parts of c_attn become one update of all of it, with as many
-    times the rank and alpha, so that alpha / r stays what it is."""
-    layers, n_layer = lora_layers(model), model.config.n_layer
-    values = {name: (len(one.lora_A), one.scale * len(one.lora_A)) for name, one in layers.items()}
-    (r, alpha), others = compress(values, n_layer)
-    targets = [place for place in PLACES if sum(name.endswith(place) for name in layers) == n_layer]
-    targets += [name for name in layers if not name.endswith(tuple(targets))]
-    fields = {"r": r, "lora_alpha": alpha, "target_modules": targets, "bias": "none", "fan_in_fan_out": True,
-              "lora_dropout": next(iter(layers.values())).dropout, "use_rslora": False,
-              "rank_pattern": {key: rank for key, (rank, _) in others.items()},
-              "alpha_pattern": {key: alpha for key, (_, alpha) in others.items()}}  # older PEFT: same keys
-    tensors = {}
-    for name, one in layers.items():
-        tensors[f"transformer.{name}.lora_A.weight"] = one.lora_A
-        tensors[f"transformer.{name}.lora_B.weight"] = one.whole_B()
-    return fields, tensors
-
-
-def from_peft(model: GPT, fields: dict[str, Any], tensors: dict[str, Tensor], where: str
-              ) -> tuple[Options, dict[str, Tensor]]:
-    """The reverse: options, and tensors under this mode's names. Only the base's shape is used. Raises
-    UserError."""
-    peft = from_json(PeftFields, fields, where)
-    if peft.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
-        raise UserError(f"{where}: init_lora_weights {peft.init_lora_weights!r:.40} takes something off the "
-                        "base's own weights, which this base still has: convert it to plain LoRA with PEFT")
-    layers = [f"h.{i}.{place}" for i in range(model.config.n_layer) for place in PLACES]
-    chosen = [name for name in layers if is_target(peft, name, where)]
-    if not chosen:
-        raise UserError(f"{where}: target_modules {peft.target_modules!r:.80} names no matrix of GPT-2's "
-                        f"blocks; there are {', '.join(PLACES)}")
-    tuned = {name.removeprefix("transformer.").removesuffix(".weight"): t for name, t in tensors.items()}
-    if outside := [name for name in tuned if name.rpartition(".")[0] not in layers]:
-        raise UserError(f"{where}: {outside[0]:.80} updates none of {', '.join(PLACES)} in this base's "
-                        f"{model.config.n_layer} blocks, and cannot be used here")
-
-    def value(pattern: dict[str, Any], usual: float, name: str) -> Any:
-        return next((v for key, v in pattern.items() if matches(rf"(.*\.)?({key})", name, where)), usual)
-
-    values = dict.fromkeys(layers, (0, 0.0))
-    for name in chosen:
-        rank = value(peft.rank_pattern, peft.r, name)
-        alpha = value(peft.alpha_pattern, peft.lora_alpha, name)
-        A = tuned.get(f"{name}.lora_A")
-        if A is None or A.dim() != 2 or len(A) != rank or rank is True:
-            raise UserError(f"{where}: the rank of {name} is {rank!r:.40}, and its lora_A is "
-                            f"{'missing' if A is None else tuple(A.shape)}")
-        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-            raise UserError(f"{where}: the alpha of {name} is {alpha!r:.40}, and must be a number above 0")
-        values[name] = rank, float(alpha)
-    targets = [place for place in PLACES if any(name.endswith(place) for name in chosen)]
-    used = {name: value for name, value in values.items() if name.endswith(tuple(targets))}
-    (rank, alpha), others = compress(used, model.config.n_layer)
-    ranks = ",".join(f"{key}={rank}" for key, (rank, _) in others.items())
-    alphas = ",".join(f"{key}={alpha}" for key, (_, alpha) in others.items() if alpha)
-    options = Options(rank=rank, alpha=alpha, dropout=peft.lora_dropout, rank_pattern=ranks or None,
-                      alpha_pattern=alphas or None, scaling="rslora" if peft.use_rslora else "standard",
-                      targets=",".join(PLACES[place] for place in targets))
-    return options, tuned
-
-
-def compress(values: dict[str, tuple[int, float]], n_layer: int) -> tuple[Any, dict[str, tuple[int, float]]]:
-    """The commonest (rank, alpha), and what differs from it, by the name of a place or of single layers."""
-    common = Counter(value for value in values.values() if value[0]).most_common(1)[0][0]
-    others = {}
-    for place in PLACES:
-        here = {name: value for name, value in values.items() if name.endswith(place)}
-        if len(here) == n_layer and len(set(here.values())) == 1:
-            here = {place: here[f"h.0.{place}"]}
-        others |= {key: value for key, value in here.items() if value != common}
-    return common, others
-
-
-def matches(pattern: str, name: str, where: str) -> bool:
-    """Whether the whole name, as PEFT writes it with or without the head, fits a regular expression."""
-    try:
-        return any(re.fullmatch(pattern, full) for full in (f"transformer.{name}", name))
-    except re.error as error:
-        raise UserError(f"{where}: {pattern!r:.80} is no regular expression: {error}") from None
-
-
-def is_target(peft: PeftFields, name: str, where: str) -> bool:
-    """PEFT's check_target_module_exists: a text is a regular expression, a list has ends of names."""
-    def named(modules: list | str) -> bool:
-        if isinstance(modules, str):
-            return modules == "all-linear" or matches(modules, name, where)
-        return any(f".transformer.{name}".endswith(f".{module}") for module in modules)
-
-    layers = peft.layers_to_transform
-    if peft.layers_pattern not in ("", [], "h", ["h"]):
-        raise UserError(f"{where}: layers_pattern {peft.layers_pattern!r:.40}: GPT-2's layers are h")
-    layers = layers if isinstance(layers, list) else [layers]
-    in_layers = not layers or int(name.split(".")[1]) in layers
-    return in_layers and named(peft.target_modules) and not named(peft.exclude_modules)
 
 
 class MixedLinear(Linear):

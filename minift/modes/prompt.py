@@ -1,8 +1,7 @@
 """Prompt tuning (Lester et al. 2021): the model stays frozen, and the embeddings of P extra tokens in front
 train."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 
 from minift.errors import UserError
 from minift.model.gpt import GPT
-from minift.options import from_json, option
+from minift.options import option
 
+peft_type = "PROMPT_TUNING"
 TRAINING = {"lr": 3e-2, "weight_decay": 0.0}
 
 
@@ -85,43 +85,3 @@ def describe(model: GPT) -> list[str]:
 def merge(model: GPT) -> None:
     raise UserError("a soft prompt cannot be merged: it is extra input, and GPT-2's own weights have no "
                     "place for it")
-
-
-PEFT_TYPE = "PROMPT_TUNING"
-
-
-@dataclass(frozen=True)
-class PeftFields:
-    """What is understood of a PEFT PromptTuningConfig; but for the first three, how the prompt began."""
-
-    num_virtual_tokens: int = 0
-    token_dim: int = 0
-    num_transformer_submodules: int = 1
-    num_attention_heads: int = 0
-    num_layers: int = 0
-    prompt_tuning_init: str = ""
-    prompt_tuning_init_text: str = ""
-    tokenizer_name_or_path: str = ""
-    tokenizer_kwargs: dict = field(default_factory=dict)
-
-
-def to_peft(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The PromptTuningConfig's fields and the tensors."""
-    config = model.config
-    fields = {"num_virtual_tokens": model.prompt_tokens, "token_dim": config.n_embd,
-              "num_attention_heads": config.n_head, "num_layers": config.n_layer,
-              "num_transformer_submodules": 1, "prompt_tuning_init": "RANDOM"}
-    return fields, {"prompt_embeddings": model.prompt.weight}
-
-
-def from_peft(model: GPT, fields: dict[str, Any], tensors: dict[str, Tensor], where: str
-              ) -> tuple[Options, dict[str, Tensor]]:
-    """The reverse: options, and tensors under this mode's names. Raises UserError."""
-    peft, shape = from_json(PeftFields, fields, where), {name: tuple(t.shape) for name, t in tensors.items()}
-    wanted = (peft.num_virtual_tokens, model.config.n_embd)
-    if peft.num_transformer_submodules != 1 or shape != {"prompt_embeddings": wanted}:
-        raise UserError(f"{where}: there must be prompt_embeddings {wanted} in one submodule, as many as "
-                        f"num_virtual_tokens and as wide as this base; there is {str(shape):.200} in "
-                        f"{peft.num_transformer_submodules}")
-    options = Options(prompt_tokens=peft.num_virtual_tokens, prompt_init="noise")
-    return options, {"prompt.weight": tensors["prompt_embeddings"]}

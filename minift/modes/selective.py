@@ -14,6 +14,7 @@ from minift.errors import UserError
 from minift.model.gpt import GPT
 from minift.options import option
 
+peft_type = None
 TRAINING = {"lr": 3e-4, "weight_decay": 0.01}
 GROUPS = "top:N, bottom:N, blocks:A-B, bias, norm, attention, mlp, embeddings, final"
 

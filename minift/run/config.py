@@ -143,10 +143,17 @@ def parse(arguments: list[str], description: str) -> dict[str, Config]:
     return configs
 
 
+def as_model(base: weights.Base) -> GPT:
+    """Until the callers use Base itself: its model with the attributes that they read."""
+    base.model.tokenizer, base.model.folder = base.tokenizer, base.folder
+    base.model.fingerprint = base.fingerprint
+    return base.model
+
+
 def read_start(args: argparse.Namespace) -> tuple[str, Any]:
     """The mode and options of --adapter, whose folder says them all. Raises UserError."""
     base = args.model or str(TINY)
-    mode, own, _ = checkpoint.read_tuned(Path(args.adapter), weights.blank(weights.find_folder(base)), base)
+    mode, own, _ = checkpoint.read_tuned(Path(args.adapter), as_model(weights.load_on_meta(base)), base)
     for name in asdict(own):
         if getattr(args, name) is not None:
             raise UserError(f"{flag(name)}: --adapter {args.adapter} has {getattr(own, name)}: leave "
@@ -175,7 +182,7 @@ def check_modes(asked: dict[str, Config], base: GPT) -> None:
     """Refuse what a mode cannot do with this base before anything is scored or written."""
     require_tokenizer(base)
     for mode, one in asked.items():
-        trial = weights.blank(base.folder)
+        trial = as_model(weights.load_on_meta(str(base.folder)))
         try:
             modes.apply(trial, mode, one.own)
         except RuntimeError as error:  # even without memory, a tensor can be too large
