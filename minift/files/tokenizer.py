@@ -150,15 +150,16 @@ def add_tokens(tokenizer: Tokenizer, settings: Settings, vocab_size: int) -> lis
     if settings.is_gpt2 and GPT2_END not in by_text and tokenizer.token_to_id(GPT2_END) is not None:
         tokens.append(AddedToken(GPT2_END, special=True))
 
-    left_out = []
+    left_out, possible = [], {}
     next_id = tokenizer.get_vocab_size(with_added_tokens=False)
     for token in tokens:
-        if tokenizer.token_to_id(token.content) is None:
+        if token.content not in possible and tokenizer.token_to_id(token.content) is None:
             if next_id >= vocab_size:
                 left_out.append(token.content)
                 continue
             next_id += 1
-        tokenizer.add_tokens([token])
+        possible[token.content] = token
+    tokenizer.add_tokens(list(possible.values()))
     return left_out
 
 
