@@ -1,15 +1,10 @@
 """GPT-2 weights in and out, against transformers as the writer and as the reader; and what is refused."""
 
-import contextlib
-import http.server
 import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +16,6 @@ from minift.errors import UserError
 from minift.files import safetensors, weights
 from minift.files.weights import Base
 from minift.model.gpt import GPT
-
-ROOT = Path(__file__).parent.parent
 
 
 def fault(folder: Path) -> str:
@@ -402,139 +395,6 @@ def test_the_fingerprint_is_of_the_values(tmp_path: Path, make_reference: Callab
     model.wte.weight.data = model.wte.weight.data.roll(1)
     found.add(weights.fingerprint(model))
     assert len(found) == 3
-
-
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("gtp2", "--model gtp2: not a model of the Hub that is known here: gpt2, gpt2-medium"),
-        ("mine", "(a folder of that name is here: write ./mine)"),
-        ("./gpt2", "--model ./gpt2: there is no such folder; it must hold config.json, the weights"),
-        ("some/gpt2", "--model some/gpt2: there is no such folder, and it could not be fetched from the Hub"),
-        ("~/no such folder", "there is no such folder"),
-        ("", "not a model of the Hub"),
-        ("mine/config.json", "there is no such folder"),
-    ],
-)
-def test_names_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text("{}")
-    with pytest.raises(UserError) as caught:
-        weights.load(name)
-    assert message in str(caught.value)
-
-
-def test_a_path_is_a_folder_even_if_the_hub_has_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(model_folder, tmp_path / "gpt2")
-    assert weights.load("./gpt2").folder.resolve() == tmp_path / "gpt2"
-    assert weights.load(str(tmp_path / "gpt2")).fingerprint == weights.load("./gpt2").fingerprint
-
-
-LOAD = "import sys; from minift.files import weights; b = weights.load(sys.argv[1]); print(b.folder, b.fingerprint)"
-
-
-def load_elsewhere(name: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: huggingface_hub reads its environment when it is imported."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    kept |= {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"} | environment
-    return subprocess.run(
-        [sys.executable, "-c", LOAD, name], cwd=ROOT, env=kept, capture_output=True, text=True, timeout=120
-    )
-
-
-@contextlib.contextmanager
-def fake_hub(repository: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """A server with the few answers that a download takes; gives its address and a log of what was asked."""
-    asked: list[str] = []
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    listing = [
-        {"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()
-    ]
-    about = {"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
-    answers = {
-        f"/api/models/{repository}/revision/main": json.dumps(about).encode(),
-        f"/api/models/{repository}/tree/{commit}": json.dumps(listing).encode(),
-    }
-    answers |= {f"/{repository}/resolve/{commit}/{name}": data for name, data in files.items()}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path = self.path.partition("?")[0]
-            body = answers.get(path)
-            asked.append(path)
-            self.send_response(404 if body is None else 200)
-            self.send_header("Content-Length", str(len(body or b"")))
-            self.send_header("Content-Type", "application/json")
-            self.send_header("X-Repo-Commit", commit)
-            self.send_header("ETag", f'"{path.rpartition("/")[2]}"')
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body or b"")
-
-        do_HEAD = do_GET
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def test_a_name_comes_from_the_hub_and_then_from_the_cache(tmp_path: Path, model_folder: Path) -> None:
-    source = shutil.copytree(model_folder, tmp_path / "source")
-    (source / "flax_model.msgpack").write_bytes(b"not wanted")
-    with fake_hub("distilbert/distilgpt2", source) as (address, asked):
-        done = load_elsewhere("distilgpt2", tmp_path / "home", HF_ENDPOINT=address)
-    assert done.returncode == 0, done.stderr
-    fingerprint = weights.load(str(model_folder)).fingerprint
-    assert done.stdout.split()[-1] == fingerprint and str(tmp_path / "home") in done.stdout
-    fetched = {path.rpartition("/")[2] for path in asked if "/resolve/" in path}
-    assert fetched == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "vocab.json",
-        "merges.txt",
-    }
-    offline = load_elsewhere("distilgpt2", tmp_path / "home", HF_HUB_OFFLINE="1")
-    assert offline.returncode == 0 and offline.stdout == done.stdout
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"HF_HUB_OFFLINE": "1"},
-        {"HF_ENDPOINT": "http://127.0.0.1:9"},
-    ],
-    ids=["offline", "nobody answers"],
-)
-def test_without_a_network_the_message_says_what_to_do(tmp_path: Path, environment: dict[str, str]) -> None:
-    done = load_elsewhere("gpt2", tmp_path / "home", **environment)
-    line = done.stderr.splitlines()[-1]
-    assert "UserError: --model gpt2 could not be fetched from the Hub (" in line
-    files = "config.json, model.safetensors, vocab.json and merges.txt"
-    assert line.endswith(
-        f"without a network, put {files} of huggingface.co/openai-community/gpt2 into a folder "
-        "and pass its path, such as --model ./gpt2"
-    )
-
-
-def test_without_huggingface_hub_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match="needs the package huggingface_hub.*or put config.json"):
-        weights.load("gpt2-xl")
 
 
 def test_a_safetensors_file_wins_over_a_bin_file(tmp_path: Path, model_folder: Path) -> None:

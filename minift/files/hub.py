@@ -9,6 +9,11 @@ from minift.files import tokenizer
 from minift.files.gpt2_config import read_config
 from minift.model.gpt import GPTConfig
 
+try:
+    from huggingface_hub import snapshot_download
+except ImportError:
+    snapshot_download = None  # only names of the Hub need it
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -81,11 +86,9 @@ def fetch(name: str, repository: str, revision: str | None, files: list[str]) ->
     folder = name.partition("@")[0].rpartition("/")[2]
     by_hand = ("put config.json, model.safetensors, vocab.json and merges.txt of "
                f"huggingface.co/{repository} into a folder and pass its path, such as --model ./{folder}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
+    if snapshot_download is None:
         raise UserError(f"{problem} needs the package huggingface_hub, which tokenizers brings along; "
-                        f"or {by_hand}") from None
+                        f"or {by_hand}")
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
     except Exception as error:  # a network can fail in many ways, and each of them has the same remedy
