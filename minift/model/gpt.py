@@ -54,40 +54,7 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
-    eos_token_id: int = 50256
-
-    @classmethod
-    def from_json(cls, raw: dict[str, Any], where: str) -> "GPTConfig":
-        """From a parsed config.json; `where` names the file in errors. Raises UserError for what is not
-        GPT-2."""
-        if raw.get("model_type") != "gpt2":
-            raise UserError(f"{where}: model_type is {raw.get('model_type')!r}, and only 'gpt2' can be "
-                            "loaded")
-        kinds = {int: "a positive whole number", float: "0 or more", bool: "true or false", str: "a text"}
-        values = {}
-        for name, kind in cls.__annotations__.items():
-            value = raw.get(name, getattr(cls, name))
-            base = int if kind == int | None else kind
-            if value is None and kind == int | None:
-                values[name] = None
-                continue
-            right = type(value) in ((int, float) if base is float else (base,))
-            least = 1 if base is int and name != "eos_token_id" else 0
-            if not right or (base in (int, float) and not least <= value < math.inf):
-                raise UserError(f"{where}: {name} is {value!r:.80}, and must be {kinds[base]}")
-            values[name] = value
-        config = cls(**values)
-        if config.activation_function not in ACTIVATIONS:
-            raise UserError(f"{where}: activation_function {config.activation_function!r} is not known here; "
-                            f"known: {', '.join(ACTIVATIONS)}")
-        if config.n_embd % config.n_head:
-            raise UserError(f"{where}: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
-        if config.eos_token_id >= config.vocab_size:
-            raise UserError(f"{where}: eos_token_id {config.eos_token_id} lies outside the vocabulary of "
-                            f"{config.vocab_size} tokens")
-        if raw.get("add_cross_attention"):
-            raise UserError(f"{where}: add_cross_attention is set, and this is a decoder-only GPT-2")
-        return config
+    eos_token_id: int | None = 50256
 
     @property
     def mlp_width(self) -> int:
@@ -357,3 +324,13 @@ class GPT(nn.Module):
         a tuned file loaded: both put new tensors in the place of shared ones, so this model does not change."""
         shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in self.parameters()}
         return copy.deepcopy(self, shared)
+
+
+def compare_shapes(expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> list[str]:
+    """Every difference between the expected names and shapes and those found, one phrase each."""
+    differences = [f"{name} is missing" for name in expected if name not in found]
+    differences += [f"{name} is not expected" for name in found if name not in expected]
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            differences.append(f"{name} is {tuple(found[name])} and not {tuple(shape)}")
+    return sorted(differences)
