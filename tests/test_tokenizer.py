@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from minift.errors import UserError
 from minift.files import weights
@@ -21,7 +21,7 @@ CONTROL_TEXTS = (
     "A<|endoftext|> B <|endoftext|>",
     "[MASK] of [MASK] and a [SEP]word",
     "</s><s> </s>",
-    "caf\u00e9 cafe\u0301",
+    "caf\u00e9 cafe\u0301 Two twos a\u4f60\u597db",
     "",
     " ",
     "  two\n\n",
@@ -81,6 +81,11 @@ def set_padding(backend: Tokenizer) -> None:
     backend.enable_truncation(3)
 
 
+def word_pieces(folder: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "two", "##s", "\u4f60", "\u597d", "cafe"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+
+
 ADDED = put("added_tokens.json", {text: 320 + i for i, text in enumerate(CHAT)})
 CHAT_MAP = put("special_tokens_map.json", {"bos_token": "<BOS>", "eos_token": "<EOS>", "pad_token": "<EOS>",
                                            "unk_token": "<|endoftext|>"})  # fmt: skip
@@ -108,6 +113,10 @@ SLOW: dict[str, list[Change]] = {
     "an end of its own": [rename_end, put("special_tokens_map.json", {
         name: "</s>" for name in ("bos_token", "eos_token", "unk_token", "pad_token")})],
     "control tokens as text": [ADDED, CHAT_MAP, put("tokenizer_config.json", {"split_special_tokens": True})],
+    "BERT's": [word_pieces, put("tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})],
+    "BERT's with capitals": [word_pieces, put("tokenizer_config.json", {
+        "tokenizer_class": "BertTokenizerFast", "do_lower_case": False, "strip_accents": True,
+        "tokenize_chinese_chars": False})],
     "tokens as objects": [put("tokenizer_config.json", {
         "eos_token": {"__type": "AddedToken"} | token("<EOS>"),
         "bos_token": {"__type": "AddedToken"} | token("<BOS>", lstrip=True),
@@ -165,13 +174,39 @@ def assert_same_ids(folder: Path, texts: tuple[str, ...]) -> weights.Base:
 def test_ids_are_those_of_transformers(make: Callable, texts: tuple[str, ...], name: str) -> None:
     folder = make(SLOW[name])
     base, theirs = assert_same_ids(folder, texts), AutoTokenizer.from_pretrained(folder)
-    assert base.eos_token_id == theirs.eos_token_id
-    with_bos = theirs("a")["input_ids"][0] == theirs.bos_token_id
-    assert base.bos_token_id == (theirs.bos_token_id if with_bos else None)
+    assert base.eos_token_id == (theirs.eos_token_id or 0)  # 0: BERT's has none, and config.json has 0
+    first = theirs("a")["input_ids"][0]
+    assert base.bos_token_id == (first if first in (theirs.bos_token_id, theirs.cls_token_id) else None)
 
     theirs.save_pretrained(folder.parent / "saved")  # as tokenizer.json and tokenizer_config.json
     shutil.copy(folder / "config.json", folder.parent / "saved")
-    assert assert_same_ids(folder.parent / "saved", texts).eos_token_id == theirs.eos_token_id
+    assert assert_same_ids(folder.parent / "saved", texts).eos_token_id == base.eos_token_id
+
+
+@pytest.mark.parametrize("name", SLOW | FAST)
+def test_transformers_tokenizes_a_saved_folder_as_its_base(
+    make: Callable, make_gpt: Callable, texts: tuple[str, ...], name: str
+) -> None:
+    folder = make((SLOW | FAST)[name])
+    saved = folder.parent / "saved"
+    weights.save_folder(weights.load_on_meta(str(folder)), make_gpt(vocab_size=VOCAB_SIZE), saved)
+    theirs, again = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(saved)
+    for text in (*texts, *CONTROL_TEXTS):
+        assert theirs(text)["input_ids"] == again(text)["input_ids"]
+    assert theirs.special_tokens_map == again.special_tokens_map
+
+
+def test_a_saved_folder_says_the_end_of_text_of_the_training(make: Callable, make_gpt: Callable) -> None:
+    generation = put("generation_config.json", {"eos_token_id": 300, "_from_model_config": True, "top_k": 5})
+    folder = make([ADDED, CHAT_MAP, generation], eos_token_id=300)
+    base, saved = weights.load_on_meta(str(folder)), folder.parent / "saved"
+    weights.save_folder(base, make_gpt(vocab_size=VOCAB_SIZE), saved)
+    assert base.eos_token_id == 323
+    assert json.loads((saved / "config.json").read_text())["eos_token_id"] == 323
+    settings = GenerationConfig.from_pretrained(saved)
+    assert settings.eos_token_id == 323 and settings.top_k == 5
+    for name in ("added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt"):
+        assert (saved / name).read_bytes() == (folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", FAST)

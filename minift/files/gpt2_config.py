@@ -88,8 +88,11 @@ def check_model_type(raw: dict[str, Any], where: str) -> None:
     kind = raw.get("model_type")
     if kind in ("gpt2", OWN_TYPE):
         return
-    if kind is None and "n_embd" in raw:  # old files have GPT-2's fields and no model_type
-        return
+    if kind is None:  # old files have GPT-2's fields and no model_type
+        architectures = raw.get("architectures")
+        classes = architectures if isinstance(architectures, list) else []
+        if "n_embd" in raw or any(str(name).startswith("GPT2") for name in classes):
+            return
     raise UserError(f"{where}: model_type is {kind!r:.80}, and only 'gpt2' can be loaded")
 
 
@@ -157,8 +160,7 @@ def saved_config(raw: dict[str, Any], config: GPTConfig, eos_token_id: int | Non
             is_gpt2 = False
     result["model_type"] = "gpt2" if is_gpt2 else OWN_TYPE
     result["architectures"] = ["GPT2LMHeadModel" if is_gpt2 else "GPT"]
-    if eos_token_id is None:
-        result["eos_token_id"] = raw.get("eos_token_id")
-    else:
-        result["eos_token_id"] = eos_token_id
+    kept = raw.get("eos_token_id")  # may be a list
+    is_kept = eos_token_id is None or kept == eos_token_id or isinstance(kept, list) and eos_token_id in kept
+    result["eos_token_id"] = kept if is_kept else eos_token_id
     return result

@@ -146,7 +146,7 @@ def save_lora(model: GPT) -> tuple[dict[str, Any], dict[str, tuple[str, Tensor]]
     """
     layers = lora.lora_layers(model)
     values = {name: (len(layer.lora_A), layer.scale * len(layer.lora_A)) for name, layer in layers.items()}
-    (rank, alpha), others = find_common(values, model.config.n_layer)
+    (rank, alpha), others = most_common_pattern(values, model.config.n_layer)
     targets = [place for place in lora.TARGET_MODULES
                if sum(name.endswith(place) for name in layers) == model.config.n_layer]
     targets += [name for name in layers if not name.endswith(tuple(targets))]
@@ -199,7 +199,7 @@ def read_lora(config: GPTConfig, fields: LoraFields, tensors: dict[str, Tensor],
 
     targets = [place for place in lora.TARGET_MODULES if any(name.endswith(place) for name in chosen)]
     used = {name: value for name, value in values.items() if name.endswith(tuple(targets))}
-    (rank, alpha), others = find_common(used, config.n_layer)
+    (rank, alpha), others = most_common_pattern(used, config.n_layer)
     ranks = ",".join(f"{key}={rank}" for key, (rank, _) in others.items())
     alphas = ",".join(f"{key}={alpha}" for key, (_, alpha) in others.items() if alpha)
     options = lora.Options(rank=rank, alpha=alpha, dropout=fields.lora_dropout, rank_pattern=ranks or None,
@@ -221,7 +221,7 @@ def check_lora_fields(fields: LoraFields, where: str) -> None:
         raise UserError(f"{where}: layers_pattern {fields.layers_pattern!r:.40} needs layers_to_transform")
 
 
-def find_common(values: dict[str, tuple[int, float]], n_layer: int
+def most_common_pattern(values: dict[str, tuple[int, float]], n_layer: int
                 ) -> tuple[tuple[int, float], dict[str, tuple[int, float]]]:
     """The most common (rank, alpha), and those that differ by the name of a matrix or of single layers."""
     common = Counter(value for value in values.values() if value[0]).most_common(1)[0][0]

@@ -1,7 +1,7 @@
 """A folder's tokenizer and special tokens, with the token ids that transformers gives for the same folder.
 
-Files: tokenizer.json, or vocab.json and merges.txt; beside them tokenizer_config.json, added_tokens.json and
-special_tokens_map.json. Their meaning follows transformers 5 (AutoTokenizer, GPT2Tokenizer).
+Files: tokenizer.json, or vocab.json and merges.txt, or vocab.txt (BERT's); beside them tokenizer_config.json,
+added_tokens.json and special_tokens_map.json. Their meaning follows transformers 5 (AutoTokenizer).
 """
 
 import json
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from minift.errors import UserError, tokenizer_faults
 from minift.files.atomic import read_json
@@ -20,7 +20,11 @@ FILES = (  # all that a saved folder must have to be tokenized as its base is
     "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-GPT2_END = "<|endoftext|>"  # GPT2Tokenizer's default for the first three
+DEFAULTS = {  # by transformers' class
+    "GPT2Tokenizer": {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")},
+    "BertTokenizer": {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
+                      "mask_token": "[MASK]"},
+}
 CONTROL = re.compile(r"<.+>|\[.+\]")  # how a control token is written
 
 
@@ -34,10 +38,16 @@ class Settings:
     added: dict[int, AddedToken] = field(default_factory=dict)
 
     @property
-    def is_gpt2(self) -> bool:
-        """Whether transformers takes its GPT2Tokenizer, and not tokenizer.json as it is."""
-        name = str(self.options.get("tokenizer_class") or "GPT2Tokenizer")
-        return name.removesuffix("Fast") == "GPT2Tokenizer"
+    def kind(self) -> str:
+        """The class that transformers takes."""
+        return str(self.options.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
+
+    def text(self, name: str) -> str | None:
+        """A special token's text by its name, such as eos_token."""
+        if name in self.named:
+            token = self.named[name]
+            return None if token is None else token.content
+        return DEFAULTS.get(self.kind, {}).get(name)
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int
@@ -121,7 +131,7 @@ def read_vocabulary(folder: Path, settings: Settings) -> Tokenizer | None:
     if raw:
         raw["added_tokens"] = []
         model = raw.get("model") or {}
-        if settings.is_gpt2 and model.get("type", "BPE") == "BPE":
+        if settings.kind == "GPT2Tokenizer" and model.get("type", "BPE") == "BPE":
             # GPT2Tokenizer takes vocabulary, merges and template from the file, and else its own settings
             raw["normalizer"] = None
             raw["pre_tokenizer"] = byte_level = {"type": "ByteLevel", "add_prefix_space": space,
@@ -130,11 +140,30 @@ def read_vocabulary(folder: Path, settings: Settings) -> Tokenizer | None:
             raw["model"] = {"type": "BPE", "vocab": model["vocab"], "merges": model["merges"]}
         return Tokenizer.from_str(json.dumps(raw))
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    if settings.kind == "BertTokenizer" and (folder / "vocab.txt").is_file():
+        return read_word_pieces(folder / "vocab.txt", settings)
     if not vocab.is_file() or not merges.is_file():
         return None
     tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def read_word_pieces(path: Path, settings: Settings) -> Tokenizer:
+    """BERT's tokenizer, which many Chinese GPT-2s have. A line of the file is a token."""
+    options = settings.options
+    lines = path.read_text(encoding="utf-8").split("\n")
+    vocab = {text: number for number, text in enumerate(lines) if text or number < len(lines) - 1}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=settings.text("unk_token")))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=options.get("tokenize_chinese_chars", True),
+        strip_accents=options.get("strip_accents"),
+        lowercase=options.get("do_lower_case", True),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
 
 
@@ -147,8 +176,10 @@ def add_tokens(tokenizer: Tokenizer, settings: Settings, vocab_size: int) -> lis
         if token is not None and token.content not in by_text:
             tokens.append(token)
             by_text[token.content] = token
-    if settings.is_gpt2 and GPT2_END not in by_text and tokenizer.token_to_id(GPT2_END) is not None:
-        tokens.append(AddedToken(GPT2_END, special=True))
+    for name in NAMED:  # a default counts only if the vocabulary has it
+        text = settings.text(name)
+        if text is not None and text not in by_text and tokenizer.token_to_id(text) is not None:
+            tokens.append(AddedToken(text, special=True))
 
     left_out, possible = [], {}
     next_id = tokenizer.get_vocab_size(with_added_tokens=False)
@@ -164,27 +195,25 @@ def add_tokens(tokenizer: Tokenizer, settings: Settings, vocab_size: int) -> lis
 
 
 def add_template(tokenizer: Tokenizer, folder: Path, settings: Settings) -> None:
-    """Let the tokenizer put BOS and EOS around a text where tokenizer_config.json says so."""
+    """Let the tokenizer put special tokens around a text, where its class or the settings say so."""
     if (folder / "tokenizer.json").is_file():  # has its own template, and the two options are not read
         return
+    first = last = ""
+    if settings.kind == "BertTokenizer":
+        first, last = "cls_token", "sep_token"
+    if settings.options.get("add_bos_token") is True:
+        first = "bos_token"
+    if settings.options.get("add_eos_token") is True:
+        last = "eos_token"
     pieces, special = ["$A"], []
-    for name, place in (("bos_token", 0), ("eos_token", 2)):
-        text, number = named_token(tokenizer, settings, name)
-        if settings.options.get(f"add_{name}") is True and number is not None:
+    for name, place in ((first, 0), (last, 2)):
+        text = settings.text(name)
+        number = None if text is None else tokenizer.token_to_id(text)
+        if number is not None:
             pieces.insert(place, text)
             special.append((text, number))
     if special:
         tokenizer.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=special)
-
-
-def named_token(tokenizer: Tokenizer, settings: Settings, name: str) -> tuple[str, int | None]:
-    """Text and id of a special token such as eos_token; the id is None when there is none."""
-    if name in settings.named:
-        token = settings.named[name]
-        text = "" if token is None else token.content
-    else:
-        text = GPT2_END if settings.is_gpt2 else ""
-    return text, tokenizer.token_to_id(text)
 
 
 def begin_of_text(tokenizer: Tokenizer) -> int | None:
@@ -200,46 +229,40 @@ def end_of_text(folder: Path, config: dict[str, Any], tokenizer: Tokenizer | Non
                 vocab_size: int) -> tuple[int | None, list[str]]:
     """The end-of-text that the base was trained with, or None; and a note if the files disagree.
 
-    A config.json often keeps the default of another tokenizer, so it comes last, unless the token that it
-    names is a control token. `config` is the parsed config.json. Raises UserError.
+    A config.json often keeps the id that another tokenizer has, so it comes last, unless it names a control
+    token. `config` is the parsed config.json. Raises UserError.
     """
     generation = read_optional(folder / "generation_config.json")
-    copied = generation.get("_from_model_config") is True  # says nothing that config.json does not say
-    sources = [
-        ("generation_config.json", token_ids(generation, folder / "generation_config.json")),
-        ("config.json", token_ids(config, folder / "config.json")),
-    ]
-    ranked = []  # (rank, source, id)
-    for source, ids in sources:
-        for number in ids:
-            text = tokenizer.id_to_token(number) if tokenizer is not None else None
-            certain = source == "generation_config.json" and not copied
-            control = text is not None and is_control_token(tokenizer, number, text)
-            ranked.append((1 if certain else 2 if control else 4, source, number))
-    if tokenizer is not None:
-        declared = settings.named.get("eos_token") is not None
-        number = named_token(tokenizer, settings, "eos_token")[1]
-        if number is not None:
-            ranked.append((0 if declared else 3, "the tokenizer", number))
-    elif not ranked and "eos_token_id" not in config:
-        ranked.append((5, "GPT-2's default", 50256))
+    found = []  # (rank, file, id): the lowest rank counts
+    for number in token_ids(generation, folder / "generation_config.json"):
+        copied = generation.get("_from_model_config") is True  # from config.json, by transformers
+        rank = 1 if not copied else 2 if is_control_token(tokenizer, number) else 4
+        found.append((rank, "generation_config.json", number))
+    for number in token_ids(config, folder / "config.json"):
+        found.append((2 if is_control_token(tokenizer, number) else 4, "config.json", number))
+    number = None if tokenizer is None else tokenizer.token_to_id(settings.text("eos_token") or "")
+    if number is not None:
+        is_default = settings.named.get("eos_token") is None  # of the tokenizer's class, in no file
+        found.append((3 if is_default else 0, "the tokenizer", number))
+    if tokenizer is None and not found and "eos_token_id" not in config:
+        found.append((5, "GPT-2's default", 50256))
 
-    possible = sorted((one for one in ranked if 0 <= one[2] < vocab_size), key=lambda one: one[0])
+    possible = [one for one in found if 0 <= one[2] < vocab_size]
     if not possible:
         return None, []
-    chosen = possible[0][2]
-    agreeing = {source for _, source, number in ranked if number == chosen}
-    others = {source: number for _, source, number in ranked if source not in agreeing}
-    if not others:
-        return chosen, []
+    _, source, chosen = min(possible, key=lambda one: one[0])
+    agreeing = {file for _, file, number in found if number == chosen}
+    said = ""
+    for _, file, number in found:
+        if file not in agreeing:
+            said += f"; {file} has {show_token(tokenizer, number)}"
+    note = f"{folder}: the end-of-text is {show_token(tokenizer, chosen)}, as {source} says{said}"
+    return chosen, [note] if said else []
 
-    def show(number: int) -> str:
-        text = tokenizer.id_to_token(number) if tokenizer is not None and number >= 0 else None
-        return f"{number} ({text!r:.40})" if text is not None else str(number)
 
-    said = ", ".join(f"{source} has {show(number)}" for source, number in others.items())
-    note = f"{folder}: end-of-text is {show(chosen)}, from {possible[0][1]}; eos_token_id differs: {said}"
-    return chosen, [note]
+def show_token(tokenizer: Tokenizer | None, number: int) -> str:
+    text = None if tokenizer is None or number < 0 else tokenizer.id_to_token(number)
+    return str(number) if text is None else f"{number} ({text!r:.40})"
 
 
 def token_ids(raw: dict[str, Any], path: Path) -> list[int]:
@@ -251,5 +274,9 @@ def token_ids(raw: dict[str, Any], path: Path) -> list[int]:
     return ids
 
 
-def is_control_token(tokenizer: Tokenizer, number: int, text: str) -> bool:
+def is_control_token(tokenizer: Tokenizer | None, number: int) -> bool:
+    """Whether a token looks like one that marks a place, and not like a part of a text."""
+    text = None if tokenizer is None or number < 0 else tokenizer.id_to_token(number)
+    if text is None:
+        return False
     return number in tokenizer.get_added_tokens_decoder() or CONTROL.fullmatch(text) is not None

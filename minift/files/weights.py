@@ -6,7 +6,6 @@ out); the model's linear layers are (out, in), so the four kinds of matrix below
 
 import hashlib
 import re
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -75,7 +74,7 @@ def load_on_meta(name: str) -> Base:
     UserError."""
     if name in PRESETS:
         config = PRESETS[name].config
-        return Base(name, None, make_on_meta(config, name), None, None, eos_token_id=config.eos_token_id)
+        return Base(name, None, build_on_meta(config, name), None, None, eos_token_id=config.eos_token_id)
     return read_folder(name, find_folder(name))
 
 
@@ -85,11 +84,11 @@ def read_folder(name: str, folder: Path) -> Base:
     tokenizer, settings, notes = load_tokenizer(folder, raw, config.vocab_size)
     eos, more = end_of_text(folder, raw, tokenizer, settings, config.vocab_size)
     bos = begin_of_text(tokenizer) if tokenizer is not None else None
-    model = make_on_meta(replace(config, eos_token_id=eos), str(folder / "config.json"))
+    model = build_on_meta(replace(config, eos_token_id=eos), str(folder / "config.json"))
     return Base(name, folder, model, tokenizer, None, bos, eos, (*notes, *more))
 
 
-def make_on_meta(config: GPTConfig, where: str) -> GPT:
+def build_on_meta(config: GPTConfig, where: str) -> GPT:
     """A frozen model without weights. Raises UserError for sizes that no tensor can have."""
     try:
         with torch.device("meta"):
@@ -229,9 +228,9 @@ def save_folder(base: Base, model: GPT, folder: Path) -> None:
     """
     parameters = dict(model.named_parameters())
     tensors = {}
-    for name in shapes(make_on_meta(model.config, str(folder))):  # a merged model may still have other ones
+    for name in shapes(build_on_meta(model.config, str(folder))):  # a merged model may still have other ones
         tensor = parameters[name].T if CONV1D.fullmatch(name) else parameters[name]
-        tensors[f"transformer.{name}"] = tensor.float().contiguous()
+        tensors[f"transformer.{name}"] = tensor.float()
     raw = {} if base.folder is None else atomic.read_json(base.folder / "config.json", dict)
 
     make_folder(folder)
@@ -239,7 +238,7 @@ def save_folder(base: Base, model: GPT, folder: Path) -> None:
     if base.folder is not None:
         copy_tokenizer(base, folder)
     elif base.tokenizer is not None:
-        base.tokenizer.save(str(folder / "tokenizer.json"))
+        atomic.write_text(folder / "tokenizer.json", base.tokenizer.to_str(pretty=True))
     safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
@@ -247,7 +246,7 @@ def copy_tokenizer(base: Base, folder: Path) -> None:
     """The tokenizer's files, so that transformers gives the base's token ids and stops at its end-of-text."""
     for file in TOKENIZER_FILES:
         if (base.folder / file).is_file():
-            shutil.copyfile(base.folder / file, folder / file)
+            atomic.write_atomically(folder / file, [(base.folder / file).read_bytes()])
     path = folder / "generation_config.json"
     if path.is_file() and base.eos_token_id is not None:
         generation = atomic.read_json(path, dict)
