@@ -8,7 +8,7 @@ from scripts import json_of, metrics, trained
 from minift import modes
 from minift.data.dataset import read_text
 from minift.files import checkpoint, weights
-from minift.report.metrics import general_loss
+from minift.report.metrics import text_windows
 from minift.run.config import TINY
 
 SMALL = ("--val-rows", "48", "--test-rows", "24", "--max-new-tokens", "32")
