@@ -21,7 +21,23 @@ from minift.errors import run_script
 from minift.files import safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES = ("full", "selective", "lora", "prompt", "adapter")
+
+
+class SmallMode(NamedTuple):
+    """A mode's options for a tiny model, and a learning rate at which that learns in a few steps."""
+
+    options: dict[str, Any]
+    lr: float
+
+
+# the one list of modes for all tests; test_modes.py holds it against the registry
+MODES = {
+    "full": SmallMode({}, 3e-3),
+    "selective": SmallMode({"train": "top:1,norm"}, 1e-2),
+    "lora": SmallMode({"rank": 2, "alpha": 5.0, "targets": "q,v"}, 3e-2),
+    "prompt": SmallMode({"prompt_tokens": 3}, 1e-1),
+    "adapter": SmallMode({"bottleneck": 5}, 3e-2),
+}
 WORDS = "fridge broken landlord lunch meeting late cheap food golden palace price italian name tab".split()
 QUICK = ("--dtype", "fp32", "--device", "cpu", "--batch", "4", "--max-new-tokens", "6", "--test-rows", "6",
          "--val-rows", "6")  # fmt: skip
