@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from scripts import (
     files,
     json_of,
     metrics,
-    one_thread,
     step_losses,
     tensors,
     train,
@@ -34,10 +33,7 @@ from minift.files import checkpoint, safetensors
 TUNED, LAST = "tuned.safetensors", "last.safetensors"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    with one_thread(predict=False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from scripts import (
     files,
     json_of,
     metrics,
-    one_thread,
     step_losses,
     tensors,
     train,
@@ -37,10 +35,7 @@ SHORT = "--steps 11 --batch 3 --accumulate 2 --eval-every 3 --lr 3e-3 --model-dr
 TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes", "resident_bytes", "predicted_peak_bytes")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    with one_thread(predict=False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +96,7 @@ def test_a_resumed_run_is_bit_identical(
     assert set(files(tmp_path / "whole")) == set(files(tmp_path / "x"))
     monkeypatch.undo()
     trained(*common, *options, "--model-dropout", 0, "--dropout" if mode == "lora" else "--seed", 0, "--out",
-            tmp_path / "without")  # fmt: skip
+            tmp_path / "without")
     assert step_losses(tmp_path / "without") != step_losses(tmp_path / "whole")  # dropout was on indeed
 
 

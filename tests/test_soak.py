@@ -3,23 +3,20 @@
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scripts import json_of, one_thread, step_losses, trained, write_pairs
+from scripts import json_of, step_losses, trained, write_pairs
 
 import train as script
 
 STEPS, EVERY = 2400, 100
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    with one_thread(predict=False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def resident_bytes() -> int:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,6 @@ from scripts import (
     evaluate,
     files,
     json_of,
-    one_thread,
     process,
     step_losses,
     tensors,
@@ -40,13 +39,10 @@ RESULT = {
     "test_loss", "test_perplexity", "rouge1", "rouge2", "rougeL", "tuned_bytes", "peak_memory_bytes",
     "tokens_per_second", "seconds", "learning_rate", "trainable_share", "best_step", "stopped_early",
     "skipped_steps",
-}  # fmt: skip
+}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    with one_thread(predict=False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +82,7 @@ def test_every_mode_learns_and_leaves_its_files(runs: dict[str, Path], model_fol
     folder = runs[mode]
     assert set(files(folder)) == {
         "config.json", "metrics.jsonl", "tuned.safetensors", "last.safetensors", "result.json", "lock",
-    }  # fmt: skip
+    }
     losses, result = step_losses(folder), json_of(folder / "result.json")
     assert len(losses) == 40 and sum(losses[-8:]) < sum(losses[:8]) - 8 * 0.1
     assert RESULT <= result.keys()
@@ -286,7 +282,7 @@ def test_seed_decides_everything(common: list[str], tmp_path: Path, mode: str, d
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert step_losses(tmp_path / "0") == step_losses(tmp_path / "1") != step_losses(tmp_path / "2")
     assert not any(torch.equal(t, found[2][name]) for name, t in found[0].items()
-                   if name.startswith("tuned.") and not name.endswith("bias"))  # fmt: skip
+                   if name.startswith("tuned.") and not name.endswith("bias"))
 
 
 def test_epochs_count_whole_passes(

@@ -200,7 +200,10 @@ def load(folder: Path) -> Config:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be used: {type(error).__name__}: {error}") from None
     for options in (train, data, mode_options):
-        check_bounds(options)
+        try:
+            check_bounds(options)
+        except UserError as error:
+            raise UserError(f"{path} cannot be used: {error}") from None
     return Config(raw["mode"], train, data, mode_options, origins)
 
 
