@@ -11,7 +11,7 @@ from torch import nn
 
 from minift import modes
 from minift.data.dataset import batches, file_batches
-from minift.device import choose_device, choose_dtype
+from minift.device import choose_device, choose_dtype, release_pages
 from minift.distributed import WORLD_SIZE, local_rows, to_device
 from minift.errors import UserError
 from minift.files.weights import Base
@@ -54,6 +54,11 @@ def build(base: Base, config: Config) -> GPT:
     torch.manual_seed(config.train.seed)
     model = base.model.shared_copy()
     apply_config(model, config)
+    # the optimizer changes parameters in place: those of the base need a copy, or the base would change too
+    for parameter in modes.tuned_parameters(model).values():
+        source = parameter.data
+        parameter.data = source.clone()
+        release_pages(source)
     if start := modes.MODES[config.mode].start:
         start(model, config.mode_options, base.tokenizer)
     if config.adapter is not None:
