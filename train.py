@@ -33,7 +33,7 @@ from minift.device import (
     reset_peak_memory,
     resident_memory,
 )
-from minift.distributed import all_sum, full_tensor, processes, replicate, seed_step
+from minift.distributed import all_sum, full_tensor, is_main, processes, replicate, seed_step
 from minift.errors import UserError, run_script
 from minift.files import checkpoint, weights
 from minift.files.atomic import write_json
@@ -97,7 +97,8 @@ def main(arguments: list[str]) -> None:
 
         # the table
         if is_comparison:
-            print("\n" + compare.write(out, results))
+            if is_main():
+                print("\n" + compare.write(out, results))
             return
     print(f"next: python eval.py {out} --prompt TEXT, or the same on your own pairs: "
           f"python train.py --mode {configs[0].mode} --model gpt2 --data YOUR.jsonl")
@@ -147,7 +148,7 @@ def load_general_text(options: TrainOptions, base: Base) -> str | None:
 
 
 def write_configs(out: Path, configs: list[Config], folders: list[Path]) -> None:
-    if len(configs) > 1:
+    if len(configs) > 1 and is_main():
         compare.write_modes(out / COMPARE, [config.mode for config in configs])  # --resume reads it
     for config, folder in zip(configs, folders, strict=True):
         configuration.save(folder, config)
@@ -314,7 +315,8 @@ def report(config: Config, run: dict[str, Any], base_scores: dict[str, Any], row
     if scores["general_loss"] is not None:
         result["forgetting"] = scores["general_loss"] - base_scores["general_loss"]
     result["tuned_bytes"] = checkpoint.tuned_bytes(folder)
-    write_json(folder / "result.json", result)
+    if is_main():
+        write_json(folder / "result.json", result)
     for i, row in enumerate(rows["test"][:3]):
         print(f"\n  {row.pair.where}   {row.pair.completion!r}\n  base   {base_scores['completions'][i]!r}\n"
               f"  tuned  {scores['completions'][i]!r}")
