@@ -29,7 +29,7 @@ MIX_2 = signed(0x94D049BB133111EB)
 def dropout_reference(x: Tensor, rate: float, seed: Tensor) -> Tensor:
     """x (M, K) -> (M, K): x / (1 - rate), or 0 with probability `rate`. seed: 0-dim int64, on x's device."""
     (M, K), W = x.shape, math.ceil(x.shape[1] / 4)
-    # Four elements share a word of 64 random bits: the product of a number of its row and one of its column.
+    # Four elements share a word of 64 bits: the product of a random number of the row and one of the column.
     column_numbers, row_numbers = splitmix64(W + M, seed).split([W, M])
     words = row_numbers[:, None] * column_numbers  # (M, W)
     # Without this step the low bits of two rows would be related wherever their numbers end alike.

@@ -130,7 +130,7 @@ def gemm_kernel(
         w_pointers = w + k.to(tl.int64)[:, None] * stride_wk + columns.to(tl.int64)[None, :] * stride_wn
         w_tile = load(w_pointers, (k < K)[:, None] & (columns < N)[None, :], x)  # (BK, BN)
         acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
-    if not DROPOUT:  # after the loop: before it, its tiles and the loop's would share the memory
+    if not DROPOUT:  # after the loop: before it, its tiles and the loop's would be in memory together
         acc = add_update(acc, h, b, x, rows, columns, first, M, n, stride_bn, stride_br, OFFSETS, R, BN, BR)
     if BIAS:
         acc += tl.load(bias + columns, columns < N, other=0.0).to(tl.float32)[None, :]
