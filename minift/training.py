@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,12 +13,13 @@ from torch import nn
 from minift import modes
 from minift.data.dataset import batches, file_batches
 from minift.device import choose_device, choose_dtype
-from minift.distributed import WORLD_SIZE, local_rows, to_device
+from minift.distributed import WORLD_SIZE, full_tensor, local_rows, to_device
 from minift.errors import UserError
+from minift.files.checkpoint import LAST
 from minift.files.weights import Base
 from minift.model.gpt import GPT
 from minift.model.packing import Row
-from minift.ops.lora import check_kernel
+from minift.ops.kernel_choice import check_kernel
 from minift.run.config import Config, TrainOptions
 
 MicroBatches = list[Sequence[Row]]  # the rows of an optimizer step, one batch for each forward pass
@@ -147,3 +149,17 @@ def train_step(model: GPT, micro_batches: MicroBatches, clip: float,
         loss_sum += loss.item()
     tuned = modes.tuned_parameters(model).values()
     return loss_sum, nn.utils.clip_grad_norm_(tuned, clip or math.inf).item()
+
+
+def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, step: int, folder: Path) -> UserError:
+    """The error for a loss or gradient that is not finite: where to look. The parameters on the disk are good."""
+    norms = {}
+    for name, parameter in modes.tuned_parameters(model).items():
+        if parameter.grad is not None:
+            norm = full_tensor(parameter.grad).norm().item()
+            norms[name] = norm if math.isfinite(norm) else math.inf
+    worst = max(norms, key=norms.__getitem__)
+    rows = ", ".join(row.pair.where for batch in micro_batches for row in batch)
+    intact = f"{folder / LAST} is intact" if (folder / LAST).exists() else "nothing is saved yet"
+    return UserError(f"step {step}: the loss is {loss} and the largest gradient, of {worst}, has norm {norms[worst]}; "
+                     f"rows: {rows}; {intact}; lower --lr, look at these rows, or try --dtype fp32")

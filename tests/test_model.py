@@ -1,6 +1,5 @@
 """The model against transformers' GPT-2, and what its hidden states and loss promise."""
 
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,6 @@ from minift.model.packing import Batch, Row
 from minift.report.metrics import measure_losses
 from minift.training import train_step
 
-GPT2 = {"model_type": "gpt2"}
 SWITCHES: dict[str, dict[str, Any]] = {
     "three heads": {},
     "five heads, narrow MLP": dict(vocab_size=61, eos_token_id=0, n_embd=40, n_head=5, n_layer=2, n_inner=56),
@@ -306,48 +304,13 @@ def test_init_weights_is_gpt2s_start() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_a_configuration_of_transformers_is_read_whole(make_reference: Callable) -> None:
-    reference = make_reference(n_inner=40, layer_norm_epsilon=0.25)
-    raw = json.loads(reference.config.to_json_string(use_diff=False))
-    config = GPTConfig.from_json(raw, "config.json")
-    assert config == GPTConfig(
-        vocab_size=97,
-        n_positions=96,
-        n_embd=24,
-        n_layer=3,
-        n_head=3,
-        n_inner=40,
-        layer_norm_epsilon=0.25,
-        eos_token_id=96,
-    )
-    assert config.mlp_width == 40 and GPTConfig().mlp_width == 3072
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"model_type": None}, "model_type is None"),
-        ({"activation_function": "mish"}, "activation_function 'mish' is not known here; known: gelu_new"),
-        ({"n_embd": 770}, "n_embd 770 is not a multiple of n_head 12"),
-        ({"n_embd": "768"}, "n_embd is '768'"),
-        ({"n_layer": 0}, "n_layer is 0"),
-        ({"n_layer": True}, "n_layer is True"),
-        ({"n_head": -1}, "n_head is -1"),
-        ({"n_inner": 0}, "n_inner is 0"),
-        ({"n_positions": 1.5}, "n_positions is 1.5"),
-        ({"vocab_size": None}, "vocab_size is None"),
-        ({"vocab_size": 100}, "eos_token_id 50256 lies outside the vocabulary of 100 tokens"),
-        ({"eos_token_id": -1}, "eos_token_id is -1"),
-        ({"layer_norm_epsilon": "tiny"}, "layer_norm_epsilon is 'tiny'"),
-        ({"layer_norm_epsilon": -1.0}, "layer_norm_epsilon is -1.0"),
-        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
-        ({"scale_attn_weights": 1}, "scale_attn_weights is 1"),
-        ({"activation_function": ["relu"]}, "activation_function is "),
-        ({"add_cross_attention": True}, "add_cross_attention is set"),
-    ],
-)
-def test_what_is_not_gpt2_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        GPTConfig.from_json(GPT2 | changes, "x/config.json")
-    assert str(caught.value).startswith("x/config.json: ") and message in str(caught.value)
+def test_training_a_shared_copy_leaves_the_base_as_it_is(make_gpt: Callable) -> None:
+    base = make_gpt()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    tuned = base.shared_copy()
+    tuned.requires_grad_(True)
+    tuned.set_compute_dtype(torch.float32)  # the dtype that they have already
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 1
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())

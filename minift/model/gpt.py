@@ -26,13 +26,13 @@ from minift.errors import UserError
 from minift.model.cache import KVCache
 from minift.model.packing import Batch, Row, pack
 from minift.ops.attention import PackedRows, attention
-from minift.ops.cross_entropy import head_loss
-from minift.ops.gelu import gelu_new
+from minift.ops.cross_entropy import cross_entropy
+from minift.ops.gelu import gelu_tanh
 from minift.ops.linear import linear
 
 ACTIVATIONS = {
-    "gelu_new": gelu_new,
-    "gelu_pytorch_tanh": gelu_new,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
@@ -54,40 +54,7 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
-    eos_token_id: int = 50256
-
-    @classmethod
-    def from_json(cls, raw: dict[str, Any], where: str) -> "GPTConfig":
-        """From a parsed config.json; `where` names the file in errors. Raises UserError for what is not
-        GPT-2."""
-        if raw.get("model_type") != "gpt2":
-            raise UserError(f"{where}: model_type is {raw.get('model_type')!r}, and only 'gpt2' can be "
-                            "loaded")
-        kinds = {int: "a positive whole number", float: "0 or more", bool: "true or false", str: "a text"}
-        values = {}
-        for name, kind in cls.__annotations__.items():
-            value = raw.get(name, getattr(cls, name))
-            base = int if kind == int | None else kind
-            if value is None and kind == int | None:
-                values[name] = None
-                continue
-            right = type(value) in ((int, float) if base is float else (base,))
-            least = 1 if base is int and name != "eos_token_id" else 0
-            if not right or (base in (int, float) and not least <= value < math.inf):
-                raise UserError(f"{where}: {name} is {value!r:.80}, and must be {kinds[base]}")
-            values[name] = value
-        config = cls(**values)
-        if config.activation_function not in ACTIVATIONS:
-            raise UserError(f"{where}: activation_function {config.activation_function!r} is not known here; "
-                            f"known: {', '.join(ACTIVATIONS)}")
-        if config.n_embd % config.n_head:
-            raise UserError(f"{where}: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
-        if config.eos_token_id >= config.vocab_size:
-            raise UserError(f"{where}: eos_token_id {config.eos_token_id} lies outside the vocabulary of "
-                            f"{config.vocab_size} tokens")
-        if raw.get("add_cross_attention"):
-            raise UserError(f"{where}: add_cross_attention is set, and this is a decoder-only GPT-2")
-        return config
+    eos_token_id: int | None = 50256
 
     @property
     def mlp_width(self) -> int:
@@ -315,7 +282,7 @@ class GPT(nn.Module):
         meet the vocabulary. Validation and scores do not use it (minift/report/metrics.py)."""
         filler = -len(batch.target_positions) % 64  # each step has its own n: round it for few shapes
         hidden = self.hidden(batch, F.pad(batch.target_positions, (0, filler)))  # (n + filler, C)
-        return head_loss(hidden, self.wte.weight, batch.targets)
+        return cross_entropy(hidden, self.wte.weight, batch.targets)
 
     # ---- how it computes
 
@@ -328,7 +295,9 @@ class GPT(nn.Module):
             # a frozen weight that needs no conversion may stay mapped from its file, transposed
             if parameter.requires_grad or parameter.dtype != stored:
                 source = parameter.data
-                parameter.data = source.to(stored).contiguous()
+                # a tuned weight is copied even in the right dtype: the optimizer must not change a shared base
+                parameter.data = source.to(stored, copy=parameter.requires_grad,
+                                           memory_format=torch.contiguous_format)
                 release_pages(source)  # of the base's file, which need not stay in memory beside the copy
 
     def set_kernel(self, kernel: str) -> None:
@@ -355,3 +324,13 @@ class GPT(nn.Module):
         a tuned file loaded: both put new tensors in the place of shared ones, so this model does not change."""
         shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in self.parameters()}
         return copy.deepcopy(self, shared)
+
+
+def compare_shapes(expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> list[str]:
+    """Every difference between the expected names and shapes and those found, one phrase each."""
+    differences = [f"{name} is missing" for name in expected if name not in found]
+    differences += [f"{name} is not expected" for name in found if name not in expected]
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            differences.append(f"{name} is {tuple(found[name])} and not {tuple(shape)}")
+    return sorted(differences)

@@ -13,7 +13,7 @@ from minift.errors import UserError
 from minift.files import weights
 from minift.files.atomic import read_json, write_json
 from minift.files.checkpoint import Tuned, drop_removed_options, read_tuned
-from minift.ops.lora import KERNELS
+from minift.ops.kernel_choice import KERNELS
 from minift.options import Parser, add_options, check_bounds, flag, from_json, option, resolve
 from minift.run.folder import COMPARE
 
