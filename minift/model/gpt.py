@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minift.device import release_pages, uses_onednn_bf16
+from minift.distributed import is_sharded
 from minift.errors import UserError
 from minift.model.cache import KVCache
 from minift.model.packing import Batch, Row, pack
@@ -318,12 +319,13 @@ class GPT(nn.Module):
     @contextlib.contextmanager
     def constant_parameters(self) -> Iterator[None]:
         """While entered, parameters do not change, and layers keep what they derive from them."""
-        for layer in self.linear_layers():
+        layers = [] if is_sharded(self) else self.linear_layers()  # nothing can be derived from a part of a weight
+        for layer in layers:
             layer.set_constant(True)
         try:
             yield
         finally:
-            for layer in self.linear_layers():
+            for layer in layers:
                 layer.set_constant(False)
 
     def shared_copy(self) -> "GPT":
