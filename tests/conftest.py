@@ -1,14 +1,16 @@
 """Fixtures that several test files share: tiny random models, their folders, and a tokenizer."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import one_thread as one_thread_without_plan
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
+from minift.files.gpt2_config import parse_config
 from minift.model.gpt import GPT, GPTConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test needs a network
@@ -27,6 +29,13 @@ TEXTS = (
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)  # on tensors this small a second thread only waits, long on a busy machine
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """Runs without a prediction of their memory, which takes longer than such a run."""
+    with one_thread_without_plan(predict=False):
+        yield
 
 
 @torch.no_grad()
@@ -75,7 +84,7 @@ def from_reference() -> Callable[[torch.nn.Module], GPT]:
     from transformers.pytorch_utils import Conv1D
 
     def convert(reference: torch.nn.Module) -> GPT:
-        model = GPT(GPTConfig.from_json(reference.config.to_dict(), "reference"))
+        model = GPT(parse_config(reference.config.to_dict(), "reference"))
         values = dict(reference.transformer.named_parameters())
         for name, module in reference.transformer.named_modules():
             if isinstance(module, Conv1D):

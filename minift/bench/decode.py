@@ -25,10 +25,10 @@ from minift.device import (
     time_call,
 )
 from minift.errors import UserError
+from minift.files.hub import PRESETS
 from minift.model.generate import generate
 from minift.modes import MODES
 from minift.options import Parser, add_options, option, resolve
-from minift.plan import SIZES
 from minift.report.table import format_bytes, table_head, table_row
 
 COLUMNS = {
@@ -46,7 +46,7 @@ WIDTHS = [9, 14, 7, 7, 7, 12, 15, 11]
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    size: str = option("gpt2", "size of the model", choices=tuple(SIZES))
+    size: str = option("gpt2", "size of the model", choices=tuple(PRESETS))
     mode: str = option("full", f"{', '.join(MODES)}, a comma list of them, or all; full decodes as the base "
                                "does")
     batch: int = option(16, "prompts that are continued together", least=1)

@@ -25,12 +25,13 @@ from minift.device import (
     time_call,
 )
 from minift.errors import UserError
+from minift.files.hub import PRESETS
 from minift.model.gpt import GPT
 from minift.model.packing import Row
 from minift.modes import MODES
 from minift.ops.kernel_choice import KERNELS, check_kernel
 from minift.options import Parser, add_options, flag, option, resolve
-from minift.plan import SIZES, MemoryMeter
+from minift.plan import MemoryMeter
 from minift.report.table import format_bytes, table_head, table_row
 from minift.run.config import TrainOptions
 from minift.training import make_optimizer, train_step
@@ -53,7 +54,7 @@ WIDTHS = [9, 7, 6, 6, 7, 9, 11, 8, 10]
 
 @dataclass(frozen=True)
 class TrainBenchOptions:
-    size: str = option("gpt2", "size of the model", choices=tuple(SIZES))
+    size: str = option("gpt2", "size of the model", choices=tuple(PRESETS))
     mode: str = option("all", f"{', '.join(MODES)}, a comma list of them, or all")
     batch: int = option(8, "rows in a step", least=1)
     tokens: int = option(167, "tokens in a row (the default: the mean of SAMSum)", least=2)
@@ -94,7 +95,7 @@ def check(options: TrainBenchOptions, names: list[str]) -> None:
     """Raises UserError for options that contradict each other."""
     if options.targets >= options.tokens:
         raise UserError(f"--targets {options.targets}: must be fewer than --tokens {options.tokens}")
-    n_positions = SIZES[options.size].n_positions
+    n_positions = PRESETS[options.size].config.n_positions
     if options.tokens > n_positions:
         raise UserError(f"--tokens {options.tokens}: {options.size} has {n_positions} positions")
     for name in ("rank", "dropout", "kernel"):
@@ -106,7 +107,7 @@ def random_model(size: str, dtype: torch.dtype) -> GPT:
     """A model with random weights, frozen."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)  # frozen weights stay in it: a large model never exists in fp32
-    model = GPT(SIZES[size])
+    model = GPT(PRESETS[size].config)
     torch.set_default_dtype(torch.float32)
     model.init_weights(0)
     return model.requires_grad_(False)
