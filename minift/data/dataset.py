@@ -300,12 +300,15 @@ def _text_report(counts: list[Counts], rows: int, options: DataOptions) -> list[
     return lines
 
 
-def load_examples(options: DataOptions, seed: int, tokenizer: Tokenizer, eos_id: int, room: int,
+def load_examples(options: DataOptions, seed: int, tokenizer: Tokenizer, eos_id: int | None, room: int,
                   limits: dict[str, int | None]) -> tuple[dict[str, list[Example]], list[str]]:
     """The splits named in `limits` as tokens, at most so many rows of each, and the report to print.
 
     A row takes at most `room` of the model's positions, or --max-length if that is less. Raises UserError.
     """
+    if eos_id is None:
+        raise UserError("no file of the base names its end-of-text, which every row needs: put eos_token_id "
+                        "into its generation_config.json")
     pairs = read_pairs(options, seed)
     examples, lines, counts = {}, list(pairs.notes), []
     max_length = min(options.max_length or room, room)
