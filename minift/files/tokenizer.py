@@ -34,7 +34,7 @@ class Settings:
     named: dict[str, AddedToken | None] = field(default_factory=dict)  # such as eos_token; None: null there
     extra: list[AddedToken] = field(default_factory=list)  # special tokens without a name
     added: dict[int, AddedToken] = field(default_factory=dict)
-    own: list[AddedToken] = field(default_factory=list)  # of a tokenizer.json that is taken as it is
+    built_in: list[AddedToken] = field(default_factory=list)  # of a tokenizer.json that is taken as it is
 
     @property
     def kind(self) -> str:
@@ -83,9 +83,8 @@ def read_settings(folder: Path, config: dict[str, Any]) -> Settings:
     """The small files. Raises UserError, or any error of malformed values."""
     options = read_optional(folder / "tokenizer_config.json")
     options.setdefault("tokenizer_class", config.get("tokenizer_class"))
-    decoder = options.get("added_tokens_decoder")
     declared = dict(options)
-    if decoder is None:  # the older files count only where the newer field is absent
+    if options.get("added_tokens_decoder") is None:  # the older file counts only without this newer field
         declared |= read_optional(folder / "special_tokens_map.json")
     settings = Settings(options)
     for name in NAMED:
@@ -94,28 +93,35 @@ def read_settings(folder: Path, config: dict[str, Any]) -> Settings:
             settings.named[name] = None if token is None else make_token(token, special=True)
     settings.extra = [make_token(token, special=True) for token in extra_tokens(options, declared)]
 
-    raw = read_optional(folder / "tokenizer.json")
-    if decoder is not None:
-        settings.added = {int(number): make_token(token) for number, token in decoder.items()}
-    else:
-        tokens = [*settings.named.values(), *settings.extra]
-        special = {token.content for token in tokens if token is not None}
-        for text, number in read_optional(folder / "added_tokens.json").items():
-            is_special = text in special
-            settings.added[int(number)] = AddedToken(text, special=is_special, normalized=not is_special)
-    own = {int(token["id"]): make_token(token) for token in raw.get("added_tokens") or []}
-    if decoder is None:
-        settings.added |= own
-    if not takes_vocabulary_only(settings, raw):
-        settings.own = [token for _, token in sorted(own.items())]
+    read_added_tokens(folder, settings)
+
+    # a token that is added and has a role has one set of flags
     by_text = {token.content: token for token in settings.added.values()}
     for name, token in settings.named.items():
         if token is not None:
             settings.named[name] = by_text.get(token.content, token)
-    named = {settings.text(name) for name in NAMED}
+    roles = {settings.text(name) for name in NAMED}
     for token in settings.added.values():
-        token.special = token.special or token.content in named
+        token.special = token.special or token.content in roles
     return settings
+
+
+def read_added_tokens(folder: Path, settings: Settings) -> None:
+    """Fill settings.added and settings.built_in, from the newest place that lists added tokens."""
+    raw = read_optional(folder / "tokenizer.json")
+    built_in = {int(token["id"]): make_token(token) for token in raw.get("added_tokens") or []}
+    if not takes_vocabulary_only(settings, raw):
+        settings.built_in = [token for _, token in sorted(built_in.items())]
+    decoder = settings.options.get("added_tokens_decoder")
+    if decoder is not None:
+        settings.added = {int(number): make_token(token) for number, token in decoder.items()}
+        return
+    roles = [token for token in [*settings.named.values(), *settings.extra] if token is not None]
+    special = {token.content for token in roles}
+    for text, number in read_optional(folder / "added_tokens.json").items():
+        is_special = text in special
+        settings.added[int(number)] = AddedToken(text, special=is_special, normalized=not is_special)
+    settings.added |= built_in
 
 
 def extra_tokens(options: dict[str, Any], declared: dict[str, Any]) -> list[Any]:
@@ -200,8 +206,8 @@ def read_word_pieces(path: Path, settings: Settings) -> Tokenizer:
 def add_tokens(tokenizer: Tokenizer, settings: Settings, vocab_size: int) -> list[str]:
     """Add the control tokens that the files list. Those whose ids exceed the vocabulary are left out, and
     returned."""
-    tokens = list(settings.own)
-    tokens += [token for _, token in sorted(settings.added.items()) if token not in settings.own]
+    tokens = list(settings.built_in)
+    tokens += [token for _, token in sorted(settings.added.items()) if token not in settings.built_in]
     listed = {token.content for token in tokens}
     for name in NAMED:
         token = settings.named.get(name)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minift import distributed as parallel
 from minift.errors import UserError
-from minift.model.gpt import GPT
+from minift.model.gpt import GPT, compare_shapes
 
 NAMES = (  # the registry: a mode's line here is the name of its file
     "full",
@@ -46,10 +46,8 @@ def check_tuned(model: GPT, tensors: dict[str, Tensor], where: str) -> None:
     """Raises UserError, with every difference, unless a tuned file's names and shapes are exactly those that
     train in a model to which its mode was applied."""
     tuned = tuned_parameters(model)
-    faults = [f"{name} is missing" for name in tuned if name not in tensors]
-    faults += [f"{name} is not expected" for name in tensors if name not in tuned]
-    faults += [f"{name} is {tuple(tensors[name].shape)} and not {tuple(p.shape)}" for name, p in tuned.items()
-               if name in tensors and tensors[name].shape != p.shape]
+    expected = {name: parameter.shape for name, parameter in tuned.items()}
+    faults = compare_shapes(expected, {name: tensor.shape for name, tensor in tensors.items()})
     if faults:
         raise UserError(f"{where} does not fit the model and options it names: {'; '.join(faults)}")
 
