@@ -20,8 +20,9 @@ from minift.errors import UserError
 from minift.files import atomic, safetensors
 from minift.files.gpt2_config import read_config, saved_config
 from minift.files.hub import PRESETS, find_folder
+from minift.files.special_tokens import begin_of_text, end_of_text, token_ids
 from minift.files.tokenizer import FILES as TOKENIZER_FILES
-from minift.files.tokenizer import begin_of_text, end_of_text, load_tokenizer, token_ids
+from minift.files.tokenizer import load_tokenizer
 from minift.model.gpt import GPT, GPTConfig, compare_shapes
 
 CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
