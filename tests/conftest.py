@@ -1,12 +1,13 @@
 """Fixtures that several test files share: tiny random models, their folders, and a tokenizer."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import one_thread as one_thread_without_plan
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from minift.files.gpt2_config import parse_config
@@ -28,6 +29,13 @@ TEXTS = (
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)  # on tensors this small a second thread only waits, long on a busy machine
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """Runs without a prediction of their memory, which takes longer than such a run."""
+    with one_thread_without_plan(predict=False):
+        yield
 
 
 @torch.no_grad()

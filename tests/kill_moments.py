@@ -27,9 +27,9 @@ import torch  # noqa: E402
 
 import train  # noqa: E402
 from minift import errors  # noqa: E402
-from minift.files import safetensors  # noqa: E402
+from minift.files import atomic, safetensors  # noqa: E402
 
-CALLS = ("replace", "fsync", "rename", "unlink")  # of os; and `write` of a tensor file
+CALLS = ("replace", "fsync", "rename", "unlink")  # of os; and every `write` of files that are written atomically
 
 
 def run_hash(folder: Path) -> str:
@@ -100,7 +100,7 @@ def child(log: Path, arguments: list[str], last: int = 0, half: bool = False, de
         counter = Counter(last, half)
         for name in CALLS:
             setattr(os, name, counter.wrap(getattr(os, name)))
-        safetensors.open = counter.open
+        atomic.open = counter.open
         if delay:
             threading.Timer(delay, die).start()
         sys.argv = ["train.py", *arguments]

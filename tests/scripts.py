@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 
 import eval as eval_script
 import train as train_script
-from minift import plan
+from minift import ops, plan
 from minift.errors import run_script
 from minift.files import safetensors
 
@@ -40,20 +42,20 @@ MODES = {
 }
 WORDS = "fridge broken landlord lunch meeting late cheap food golden palace price italian name tab".split()
 QUICK = ("--dtype", "fp32", "--device", "cpu", "--batch", "4", "--max-new-tokens", "6", "--test-rows", "6",
-         "--val-rows", "6")  # fmt: skip
+         "--val-rows", "6")
 
 
 @contextlib.contextmanager
 def one_thread(predict: bool) -> Iterator[None]:
-    """For shapes so small a second thread only waits for the first. To predict a run's memory takes longer
-    than such a run, so it is left out unless asked for."""
+    """On shapes this small a second thread only waits. To predict a run's memory takes longer than such a run, so
+    it is left out unless asked for."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
         if not predict:
-            none = mock.patch.object(plan, "predict", lambda *_: {"predicted_peak_bytes": 0})
-            stack.enter_context(none)
+            stack.enter_context(mock.patch.object(plan, "predict", lambda *_: {"predicted_peak_bytes": 0}))
         yield
-    torch.set_num_threads(2)
+    torch.set_num_threads(before)
 
 
 class Ended(NamedTuple):
@@ -67,18 +69,33 @@ class Ended(NamedTuple):
 def run(main: Any, *arguments: Any) -> Ended:
     """`python train.py ARGUMENTS`, in this process."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True) for _ in range(2))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with mock.patch.object(sys, "argv", ["script.py", *map(str, arguments)]):
-            try:
-                run_script(main)
-                code = 0
-            except SystemExit as ended:
-                code = ended.code
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        stack.enter_context(mock.patch.object(sys, "argv", ["script.py", *map(str, arguments)]))
+        stack.enter_context(mock.patch.object(ops, "plain", False))  # --ops plain is for this run alone
+        try:
+            run_script(main)
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
     return Ended(code, *(stream.buffer.getvalue().decode("utf-8") for stream in (out, err)))
 
 
 def train(*arguments: Any) -> Ended:
     return run(train_script.main, *arguments)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], number: int = signal.SIGTERM) -> None:
+    """Send this process a signal in the middle of these steps, counted over all runs of a test."""
+    train_step, count = train_script.train_step, iter(range(1, 10_000))
+
+    def step(*arguments: Any) -> tuple[float, float]:
+        if next(count) in steps:
+            os.kill(os.getpid(), number)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(train_script, "train_step", step)
 
 
 def evaluate(*arguments: Any) -> Ended:
@@ -97,7 +114,7 @@ def command(script: str, *arguments: Any) -> list[str]:
 
 
 def process(script: str, *arguments: Any, cwd: Path, text: str | None = None, timeout: int = 120,
-            **env: str) -> Ended:  # fmt: skip
+            **env: str) -> Ended:
     """The script in a process of its own."""
     done = subprocess.run(
         command(script, *arguments),
@@ -138,6 +155,35 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def step_losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder) if "loss" in line]
+
+
+TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes", "predicted_peak_bytes")
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    """result.json without what differs from one run to the next."""
+    return {name: value for name, value in json_of(folder / "result.json").items() if name not in TIMES}
+
+
+def progress(folder: Path) -> dict[str, Any]:
+    return json.loads(safetensors.read(folder / "last.safetensors")[1]["progress"]) | {"seconds": 0}
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    """Both tensor files of two runs, bit for bit."""
+    for name in ("tuned.safetensors", "last.safetensors"):
+        a, b = tensors(one / name), tensors(other / name)
+        assert a.keys() == b.keys(), name
+        for key in a:
+            assert torch.equal(a[key], b[key]), f"{name}: {key}"
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Tensors, log, scores and progress of two runs, bit for bit."""
+    assert_same_tensors(one, other)
+    assert metrics(one) == metrics(other)
+    assert scores(one) == scores(other)
+    assert progress(one) == progress(other)
 
 
 def files(folder: Path) -> Iterator[str]:

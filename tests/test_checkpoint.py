@@ -1,6 +1,5 @@
-"""The tensor files and config.json of a run: what is damaged, newer or another base's is refused."""
+"""The tensor files of a run: a file that is damaged, newer or of another base is refused."""
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,85 +7,86 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import MODES
 from torch import Tensor
 
 from minift import modes
 from minift.errors import UserError
 from minift.files import checkpoint, safetensors, weights
 from minift.files.checkpoint import LAST, TUNED, Progress
+from minift.files.weights import Base
 from minift.model.gpt import GPT
-from minift.run import config
-
-MODES = {
-    "full": {},
-    "selective": {"train": "top:1+bias"},
-    "lora": {"rank": 2, "targets": "q,v,proj"},
-    "prompt": {"prompt_tokens": 3},
-    "adapter": {"bottleneck": 3, "adapter_norms": True},
-}
+from minift.model.packing import text_row
 
 
 def start(folder: Path, mode: str) -> tuple[GPT, dict[str, str], torch.optim.Optimizer]:
-    """A base with a mode applied, what its files belong to, and its optimizer."""
-    model = weights.load(str(folder)).eval()
-    options = modes.MODES[mode].Options(**MODES[mode])
+    """A base with a mode applied, the metadata of its files, and its optimizer."""
+    base = weights.load(str(folder))
+    model, options = base.model.shared_copy().eval(), modes.MODES[mode].Options(**MODES[mode].options)
     modes.apply(model, mode, options)
     optimizer = torch.optim.AdamW(modes.tuned_parameters(model).values(), lr=1e-2)
-    return model, checkpoint.identity(model, mode, options, str(folder)), optimizer
+    return model, checkpoint.base_metadata(base.fingerprint, mode, options, str(folder)), optimizer
 
 
 def step(model: GPT, optimizer: torch.optim.Optimizer, times: int) -> None:
     ids = torch.randint(320, (3, 9), generator=torch.Generator().manual_seed(0))
     for _ in range(times):
         optimizer.zero_grad()
-        model.loss(ids, ids.roll(-1, 1)).backward()
+        (model.loss(model.pack([text_row(row) for row in ids.tolist()])) / 24).backward()
         optimizer.step()
 
 
 @torch.no_grad()
 def logits(model: GPT) -> Tensor:
-    return model.logits(model.hidden(torch.arange(40).view(2, 20)))
+    batch = model.pack([text_row(list(range(start, start + 21))) for start in (0, 20)])
+    return model.logits(model.hidden(batch, batch.target_positions))  # (40, V)
 
 
-def test_every_mode_of_the_registry_is_tested() -> None:
-    assert MODES.keys() == modes.MODES.keys()
+def tuned_copy(base: Base, folder: Path, base_name: str) -> tuple[GPT, str]:
+    """A copy of the base with a tuned file, as eval.py makes it, and the file's mode. Raises UserError."""
+    tuned = checkpoint.read_tuned(folder, base.model.config)
+    checkpoint.check_tuned_belongs(tuned, {"base": base_name, "fingerprint": base.fingerprint})
+    model = base.model.shared_copy()
+    checkpoint.apply_tuned(model, tuned)
+    return model, tuned.mode
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_tuned_files_give_the_same_model_back(tmp_path: Path, model_folder: Path, mode: str) -> None:
-    model, belongs, optimizer = start(model_folder, mode)
+    model, metadata, optimizer = start(model_folder, mode)
     step(model, optimizer, 3)
-    checkpoint.save_tuned(tmp_path, model, belongs, Progress(step=3, best_val_loss=1.5))
-    tensors, metadata = checkpoint.read(tmp_path / TUNED)
-    assert tensors.keys() == modes.tuned_parameters(model).keys()  # only what trained
-    assert {"mode": mode, "step": "3", "val_loss": "1.5"}.items() <= metadata.items()
+    checkpoint.save_tuned(tmp_path, model, metadata, Progress(step=3, best_val_loss=1.5))
+    tensors, found = checkpoint.read(tmp_path / TUNED)
+    assert tensors.keys() == modes.tuned_parameters(model).keys()  # only the parameters that trained
+    assert {"mode": mode, "step": "3", "val_loss": "1.5"}.items() <= found.items()
 
     for dtype in (torch.float32, torch.bfloat16):
-        again = weights.load(str(model_folder)).eval()
-        again.requires_grad_(False)
-        again.set_compute_dtype(dtype)
-        untouched = logits(again)
-        assert checkpoint.load_tuned(tmp_path, again, str(model_folder)) == mode
+        base = weights.load(str(model_folder))
+        base.model.eval().set_compute_dtype(dtype)
+        untouched = logits(base.model)
+        again, found_mode = tuned_copy(base, tmp_path, str(model_folder))
+        assert found_mode == mode
         assert all(torch.equal(p, tensors[n]) for n, p in modes.tuned_parameters(again).items())
         assert not torch.equal(logits(again), untouched)
+        assert torch.equal(logits(base.model), untouched)  # the base itself is as before
         if dtype == torch.float32:
             assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_going_on_equals_never_having_stopped(tmp_path: Path, model_folder: Path, mode: str) -> None:
-    model, belongs, optimizer = start(model_folder, mode)
+def test_resuming_equals_never_having_stopped(tmp_path: Path, model_folder: Path, mode: str) -> None:
+    model, metadata, optimizer = start(model_folder, mode)
     step(model, optimizer, 2)
-    progress = Progress(step=2, best_val_loss=3.25, stale=1, tokens=54, seconds=1.5)
-    checkpoint.save_last(tmp_path, model, belongs, optimizer, progress)
+    progress = Progress(step=2, best_val_loss=3.25, evals_since_best=1, tokens=54, seconds=1.5)
+    checkpoint.save_last(tmp_path, model, metadata, optimizer, progress)
     step(model, optimizer, 2)
 
-    other, belongs, optimizer = start(model_folder, mode)
-    found = checkpoint.load_last(tmp_path, other, belongs, optimizer)
+    other, metadata, optimizer = start(model_folder, mode)
+    found = checkpoint.load_last(tmp_path, other, metadata, optimizer)
     assert repr(found) == repr(progress)  # by text, since a NaN in it equals nothing
     step(other, optimizer, 2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-    checkpoint.save_tuned(tmp_path, model, belongs, progress)
+    checkpoint.save_tuned(tmp_path, model, metadata, progress)
     step(other, optimizer, 1)
     checkpoint.load_best(tmp_path, other)
     assert torch.equal(logits(model), logits(other))
@@ -95,31 +95,30 @@ def test_going_on_equals_never_having_stopped(tmp_path: Path, model_folder: Path
 def test_another_base_is_refused_and_no_value_is_touched(
     tmp_path: Path, model_folder: Path, make_reference: Callable
 ) -> None:
-    model, belongs, optimizer = start(model_folder, "lora")
+    model, metadata, optimizer = start(model_folder, "lora")
     step(model, optimizer, 1)
-    checkpoint.save_tuned(tmp_path, model, belongs, Progress())
-    checkpoint.save_last(tmp_path, model, belongs, optimizer, Progress())
+    checkpoint.save_tuned(tmp_path, model, metadata, Progress())
+    checkpoint.save_last(tmp_path, model, metadata, optimizer, Progress())
     make_reference(seed=1, vocab_size=320, eos_token_id=0).save_pretrained(tmp_path / "other")
     other = weights.load(str(tmp_path / "other"))
-    before = logits(other)
-    with pytest.raises(
-        UserError, match=f"was tuned on the base {model_folder} .* and X is another one .*--model"
-    ):
-        checkpoint.load_tuned(tmp_path, other, "X")
-    assert torch.equal(logits(other), before) and all(p.requires_grad for p in other.parameters())
-    tuned, belongs, optimizer = start(tmp_path / "other", "lora")
-    with pytest.raises(UserError, match="is another one"):
-        checkpoint.load_last(tmp_path, tuned, belongs, optimizer)
+    before, names = logits(other.model), [name for name, _ in other.model.named_parameters()]
+    with pytest.raises(UserError, match=f"was tuned on the base {model_folder} .* and X is another base .*--model"):
+        tuned_copy(other, tmp_path, "X")
+    assert torch.equal(logits(other.model), before)
+    assert [name for name, _ in other.model.named_parameters()] == names
+    tuned, metadata, optimizer = start(tmp_path / "other", "lora")
+    with pytest.raises(UserError, match="is another base"):
+        checkpoint.load_last(tmp_path, tuned, metadata, optimizer)
 
 
 @pytest.mark.parametrize("change", [{"mode": "full"}, {"options": '{"rank": 3}'}], ids=str)
-def test_going_on_with_other_options_is_refused(
+def test_resuming_with_other_options_is_refused(
     tmp_path: Path, model_folder: Path, change: dict[str, str]
 ) -> None:
-    model, belongs, optimizer = start(model_folder, "lora")
-    checkpoint.save_last(tmp_path, model, belongs, optimizer, Progress())
-    with pytest.raises(UserError, match="a run goes on with the options it was started with"):
-        checkpoint.load_last(tmp_path, model, belongs | change, optimizer)
+    model, metadata, optimizer = start(model_folder, "lora")
+    checkpoint.save_last(tmp_path, model, metadata, optimizer, Progress())
+    with pytest.raises(UserError, match="a run resumes with the options it was started with"):
+        checkpoint.load_last(tmp_path, model, metadata | change, optimizer)
 
 
 @pytest.mark.parametrize(
@@ -134,10 +133,10 @@ def test_going_on_with_other_options_is_refused(
 def test_a_tuned_file_of_another_version_is_refused(
     tmp_path: Path, model_folder: Path, change: dict[str, str], message: str
 ) -> None:
-    model, belongs, _ = start(model_folder, "lora")
-    checkpoint.save_tuned(tmp_path, model, belongs | change, Progress())
+    model, metadata, _ = start(model_folder, "lora")
+    checkpoint.save_tuned(tmp_path, model, metadata | change, Progress())
     with pytest.raises(UserError, match=message):
-        checkpoint.load_tuned(tmp_path, weights.load(str(model_folder)), "X")
+        tuned_copy(weights.load(str(model_folder)), tmp_path, "X")
 
 
 def small_file(path: Path) -> dict[str, Tensor]:
@@ -203,7 +202,7 @@ def test_swapped_contents_are_found(tmp_path: Path) -> None:
     for changed, said in changes:
         save_file(changed, tmp_path / TUNED, metadata=said)
         assert load_file(tmp_path / TUNED)
-        with pytest.raises(UserError, match="is damaged: its checksum does not fit what it holds"):
+        with pytest.raises(UserError, match="is damaged: its checksum does not match its content"):
             checkpoint.read(tmp_path / TUNED)
 
 
@@ -238,59 +237,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match="No space left on device"):
         checkpoint.write(tmp_path / TUNED, {"other": torch.ones(1)}, {})
     assert (tmp_path / TUNED).read_bytes() == whole and len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_configuration_comes_back_with_its_origins(tmp_path: Path, mode: str) -> None:
-    arguments = [
-        "--mode",
-        mode,
-        "--model",
-        "./m",
-        "--data",
-        "x.jsonl",
-        "--lr",
-        "0.02",
-        "--steps",
-        "7",
-        "--seed",
-        "3",
-    ]
-    given = config.parse(arguments, "")[mode]
-    config.save(tmp_path, given)
-    found = config.load(tmp_path)
-    assert (found.mode, found.train, found.data, found.own) == (mode, given.train, given.data, given.own)
-    assert {name: tuple(pair) for name, pair in found.origins.items()} == given.origins
-    assert given.origins["lr"] == (0.02, "command line") and given.origins["clip"] == (1.0, "default")
-    assert given.origins["weight_decay"] == (modes.MODES[mode].TRAINING["weight_decay"], f"{mode}'s default")
-    assert config.describe(found) == config.describe(given)
-    resumed = config.parse(["--resume", str(tmp_path)], "")[mode]
-    assert resumed.own == given.own and resumed.train.steps == 7 and resumed.train.resume == str(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "[]",
-        "{}",
-        '"x"',
-        '{"mode": "none"}',
-        '{"mode": [], "train": {}}',
-        "\x00",
-        '{"mode": "lora", "train": {"later": 1}, "own": {}, "data": {}, "origins": {}}',
-    ],
-)
-def test_a_configuration_that_cannot_be_used(tmp_path: Path, text: str) -> None:
-    with pytest.raises(UserError, match="is not a run's folder: it has no config.json"):
-        config.load(tmp_path)
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match="config.json cannot be used"):
-        config.load(tmp_path)
-
-
-def test_a_configuration_is_json(tmp_path: Path) -> None:
-    config.save(tmp_path, config.parse(["--mode", "lora", "--model", "./m", "--data", "x"], "")["lora"])
-    raw = json.loads((tmp_path / "config.json").read_text())
-    assert raw["train"]["model"] == "./m" and raw["own"]["rank"] == modes.MODES["lora"].Options().rank

@@ -1,29 +1,28 @@
-"""eval.py, driven as its users do: scores, forgetting, texts, and a plain GPT-2 that transformers loads."""
+"""eval.py as its users run it: scores, forgetting, texts, and a plain GPT-2 that transformers loads."""
 
 import io
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import MODES, QUICK, evaluate, files, json_of, one_thread, process, tensors, trained, write_pairs
+from scripts import MODES, QUICK, evaluate, files, json_of, process, tensors, trained, write_pairs
+from torch import Tensor
 
 from minift.files import checkpoint, weights
-from minift.model import generate
+from minift.files.weights import Base
+from minift.model.generate import generate
 from minift.model.gpt import GPT
+from minift.model.packing import text_row
 from minift.report import metrics
 
 SCORES = {"loss", "perplexity", "token_accuracy", "exact_match", "rouge1", "rouge2", "rougeL"}
 PLAIN = ["--dtype", "fp32", "--device", "cpu", "--batch", "4", "--max-new-tokens", "6"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    with one_thread(predict=False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +36,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[s
     return {mode: folder / mode for mode in MODES}
 
 
-def tuned_model(run: Path, model_folder: Path) -> GPT:
-    model = weights.load(str(model_folder)).eval()
-    checkpoint.load_tuned(run, model, str(model_folder))
+def tuned_model(run: Path, base: Base) -> GPT:
+    model = base.model.shared_copy().eval()
+    checkpoint.apply_tuned(model, checkpoint.read_tuned(run, base.model.config))
     return model
+
+
+@pytest.fixture
+def base(model_folder: Path) -> Base:
+    return weights.load(str(model_folder))
+
+
+def text_logits(model: GPT, ids: list[int]) -> Tensor:
+    """The logits (T, V) of one row of tokens."""
+    batch = model.pack([text_row([*ids, 0])])
+    return model.logits(model.hidden(batch, batch.target_positions))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -64,9 +74,9 @@ def test_the_table_has_both_columns_and_completions(runs: dict[str, Path]) -> No
     for name in SCORES:
         line = next(line for line in ended.out.splitlines() if line.startswith(f"{name} "))
         assert line.split()[1:] == [f"{scores[model][name]:.4f}" for model in ("base", "tuned")]
-    assert ended.out.count("\n  wanted ") == ended.out.count("\n  tuned ") == 2
+    assert ended.out.count("\n  reference ") == ended.out.count("\n  tuned ") == 2
     assert "lora of" in ended.out and "6 test rows" in ended.out
-    assert "wanted" not in evaluate(runs["lora"], *PLAIN, "--shown", 0).out
+    assert "reference" not in evaluate(runs["lora"], *PLAIN, "--shown", 0).out
 
 
 def test_other_rows_and_fewer(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -80,30 +90,28 @@ def test_other_rows_and_fewer(runs: dict[str, Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["full", "prompt"])
 def test_forgetting(
-    runs: dict[str, Path], mode: str, tmp_path: Path, texts: tuple[str, ...], model_folder: Path
+    runs: dict[str, Path], mode: str, tmp_path: Path, texts: tuple[str, ...], base: Base
 ) -> None:
     (tmp_path / "general.txt").write_text("\n".join(texts), encoding="utf-8")
     ended = evaluate(runs[mode], *PLAIN, "--general", tmp_path / "general.txt")
     scores = json.loads(evaluate(runs[mode], *PLAIN, "--general", tmp_path / "general.txt", "--json").out)
     change = scores["tuned"]["general_loss"] - scores["base"]["general_loss"]
-    assert f"forgetting: {change:+.4f} nats a token on the general text" in ended.out and abs(change) > 1e-3
-    assert ("with the soft prompt attached" in ended.out) == (mode == "prompt")
-    for name, model in (
-        ("base", weights.load(str(model_folder)).eval()),
-        ("tuned", tuned_model(runs[mode], model_folder)),
-    ):
-        assert scores[name]["general_loss"] == pytest.approx(
-            metrics.general_loss(model, "\n".join(texts), 4), rel=1e-5
-        )
+    assert f"forgetting: {change:+.4f} nats per token on the general text" in ended.out and abs(change) > 1e-3
+    assert ("is read with the soft prompt in front" in ended.out) == (mode == "prompt")
+    for name, model in (("base", base.model), ("tuned", tuned_model(runs[mode], base))):
+        rows = metrics.text_windows(base.tokenizer, "\n".join(texts), model)
+        with torch.no_grad():
+            total = sum(model.loss(model.pack([row])).item() for row in rows)
+        loss = total / sum(row.num_targets for row in rows)
+        assert scores[name]["general_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_prompt_is_continued(runs: dict[str, Path], mode: str, model_folder: Path) -> None:
+def test_prompt_is_continued(runs: dict[str, Path], mode: str, base: Base) -> None:
     ended = evaluate(runs[mode], "--prompt", "1: the lunch =", *PLAIN)
-    model = tuned_model(runs[mode], model_folder)
-    ids = model.tokenizer.encode("1: the lunch =").ids
-    wanted = model.tokenizer.decode(generate.generate(model, [ids], 6, stop=0)[0])
-    assert ended.code == 0 and ended.out == f"{wanted}\n"
+    ids = base.tokenizer.encode("1: the lunch =").ids
+    expected = base.tokenizer.decode(generate(tuned_model(runs[mode], base), [ids], 6, stop=0)[0])
+    assert ended.code == 0 and ended.out == f"{expected}\n"
 
 
 def test_prompt_from_standard_input(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,28 +137,26 @@ def test_sampling(runs: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("mode", ["full", "selective", "lora"])
 def test_a_saved_folder_is_the_same_model_in_transformers(
-    runs: dict[str, Path], mode: str, tmp_path: Path, model_folder: Path
+    runs: dict[str, Path], mode: str, tmp_path: Path, base: Base
 ) -> None:
     from transformers import GPT2LMHeadModel
 
     ended = evaluate(runs[mode], "--save", tmp_path / "hf")
     assert ended.code == 0 and str(tmp_path / "hf") in ended.out
-    ours = tuned_model(runs[mode], model_folder)
+    ours = tuned_model(runs[mode], base)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
-    ids = torch.tensor([ours.tokenizer.encode("1: the lunch is late, the food is cheap =").ids])
+    ids = base.tokenizer.encode("1: the lunch is late, the food is cheap =").ids
     with torch.no_grad():
-        logits = theirs(ids).logits
-        torch.testing.assert_close(ours.logits(ours.hidden(ids)), logits, atol=1e-4, rtol=1e-4)
-        base = weights.load(str(model_folder)).eval()
-        assert (base.logits(base.hidden(ids)) - logits).abs().max() > 0.1
-        text = theirs.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-    wanted = generate.generate(ours, [ids[0].tolist()], 16, stop=0)[0]
-    assert [token for token in text.tolist() if token != 0] == wanted
+        logits = theirs(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(text_logits(ours, ids), logits, atol=1e-4, rtol=1e-4)
+        assert (text_logits(base.model, ids) - logits).abs().max() > 0.1
+        text = theirs.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False, pad_token_id=0)[0, len(ids) :]
+    assert [token for token in text.tolist() if token != 0] == generate(ours, [ids], 16, stop=0)[0]
     again = weights.load(str(tmp_path / "hf"))
-    assert again.tokenizer.get_vocab() == ours.tokenizer.get_vocab() and again.config == ours.config
+    assert again.tokenizer.get_vocab() == base.tokenizer.get_vocab() and again.model.config == ours.config
 
 
-@pytest.mark.parametrize("mode, reason", [("prompt", "extra input"), ("adapter", "non-linear")])
+@pytest.mark.parametrize("mode, reason", [("prompt", "extra input"), ("adapter", "not linear")])
 def test_what_cannot_be_merged_is_not_saved(
     runs: dict[str, Path], mode: str, reason: str, tmp_path: Path
 ) -> None:
@@ -191,3 +197,21 @@ def test_the_base_may_be_elsewhere(runs: dict[str, Path], tmp_path: Path, model_
 def test_help_of_eval(tmp_path: Path) -> None:
     ended = evaluate("--help")
     assert ended.code == 0 and "--general" in ended.out and "usage: eval.py" in ended.out
+
+
+def test_several_runs_go_through_one_after_another(runs: dict[str, Path]) -> None:
+    """Each scores and writes what it does alone, beside one base."""
+    both = ["--adapter", runs["lora"], "--adapter", runs["prompt"]]
+    scores = json.loads(evaluate(*both, "--json", *PLAIN).out)
+    assert list(scores) == ["base", str(runs["lora"]), str(runs["prompt"])]
+    for mode in ("lora", "prompt"):
+        alone = json.loads(evaluate(runs[mode], "--json", *PLAIN).out)
+        assert scores[str(runs[mode])] == alone["tuned"] and scores["base"] == alone["base"]
+    table = evaluate(*both, *PLAIN, "--shown", 1).out
+    assert [line.split()[1] for line in table.splitlines() if line.startswith("| ")][1:] == [
+        "base", str(runs["lora"]), str(runs["prompt"])]
+    texts = evaluate(*both, *PLAIN, "--prompt", "1: lunch =").out
+    for mode in ("lora", "prompt"):
+        assert f"{runs[mode]}: {evaluate(runs[mode], *PLAIN, '--prompt', '1: lunch =').out}" in texts
+    ended = evaluate(*both, "--save", runs["lora"] / "x")
+    assert ended.code == 2 and "give them one folder" in ended.err

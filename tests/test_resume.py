@@ -1,4 +1,4 @@
-"""A run that is interrupted and resumed ends in the very bits of one that was not."""
+"""A run that is interrupted and resumed ends in the same bits as one that was not."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,13 @@ from scripts import (
     MODES,
     QUICK,
     ROOT,
+    assert_same_run,
     evaluate,
     files,
+    interrupt,
     json_of,
-    metrics,
-    one_thread,
+    progress,
+    scores,
     step_losses,
     tensors,
     train,
@@ -28,54 +29,18 @@ from scripts import (
     write_pairs,
 )
 
-import train as script
-from minift.files import safetensors
 from minift.run import folder as run
 
 # 24 rows in batches of 3, two a step: 4 steps an epoch, validation after every third
 SHORT = "--steps 11 --batch 3 --accumulate 2 --eval-every 3 --lr 3e-3 --model-dropout 0.1".split()
-TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes", "resident_bytes", "predicted_peak_bytes")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    with one_thread(predict=False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
 def common(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     pairs = write_pairs(tmp_path_factory.mktemp("data") / "pairs")
     return ["--model", str(model_folder), "--data", str(pairs), *QUICK, *SHORT]
-
-
-def scores(folder: Path) -> dict[str, Any]:
-    return {name: value for name, value in json_of(folder / "result.json").items() if name not in TIMES}
-
-
-def progress(folder: Path) -> dict[str, Any]:
-    return json.loads(safetensors.read(folder / "last.safetensors")[1]["progress"]) | {"seconds": 0}
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    for name in ("tuned.safetensors", "last.safetensors"):
-        a, b = tensors(one / name), tensors(other / name)
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
-    assert metrics(one) == metrics(other)
-    assert scores(one) == scores(other)
-    assert progress(one) == progress(other)
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], number: int = signal.SIGTERM) -> None:
-    """Send this process a signal in the middle of these steps, counted over all runs of a test."""
-    whole, count = script.train_step, iter(range(1, 10_000))
-
-    def step(*arguments: Any) -> tuple[float, float]:
-        if next(count) in steps:
-            os.kill(os.getpid(), number)
-        return whole(*arguments)
-
-    monkeypatch.setattr(script, "train_step", step)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -92,7 +57,7 @@ def test_a_resumed_run_is_bit_identical(
     ):
         ended = train(*arguments)
         assert ended.code == 143 and not ended.err
-        line = f"stopped after step {step}; python train.py --resume {tmp_path / 'x'} goes on from there\n"
+        line = f"stopped after step {step}; python train.py --resume {tmp_path / 'x'} continues from there\n"
         assert ended.out.endswith(line)
         assert progress(tmp_path / "x")["step"] == step and not (tmp_path / "x" / "result.json").exists()
     torch.manual_seed(99)  # whatever the random state is, a step seeds its own
@@ -100,9 +65,9 @@ def test_a_resumed_run_is_bit_identical(
     assert_same_run(tmp_path / "whole", tmp_path / "x")
     assert set(files(tmp_path / "whole")) == set(files(tmp_path / "x"))
     monkeypatch.undo()
-    trained(*common, *options, "--model-dropout", 0, "--dropout" if mode == "lora" else "--seed", 0, "--out",
-            tmp_path / "without")  # fmt: skip
-    assert step_losses(tmp_path / "without") != step_losses(tmp_path / "whole")  # dropout was on indeed
+    no_dropout = ["--model-dropout", 0, "--dropout" if mode == "lora" else "--seed", 0]
+    trained(*common, *options, *no_dropout, "--out", tmp_path / "without")
+    assert step_losses(tmp_path / "without") != step_losses(tmp_path / "whole")  # dropout was on
 
 
 def test_resuming_a_finished_run_changes_nothing(common: list[str], tmp_path: Path) -> None:
@@ -126,21 +91,21 @@ def test_early_stopping_counts_across_an_interruption(
     assert result["stopped_early"] and result["best_step"] < result["steps"] - 6
     interrupt(monkeypatch, (result["best_step"] + 5,))  # one validation without a better loss behind it
     assert train(*arguments, "--out", tmp_path / "x").code == 143
-    assert progress(tmp_path / "x")["stale"] == 1
+    assert progress(tmp_path / "x")["evals_since_best"] == 1
     trained("--resume", tmp_path / "x")
     assert_same_run(tmp_path / "whole", tmp_path / "x")
 
 
-def test_a_comparison_goes_on_as_one(
+def test_a_comparison_is_resumed_as_one(
     common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(*common, "--mode", "prompt,lora,full", "--out", tmp_path / "whole")
     interrupt(monkeypatch, (11 + 7,))
     ended = train(*common, "--mode", "prompt,lora,full", "--out", tmp_path / "x")
-    assert ended.code == 143 and f"--resume {tmp_path / 'x'} goes on" in ended.out
+    assert ended.code == 143 and f"--resume {tmp_path / 'x'} continues from there" in ended.out
     assert not (tmp_path / "x" / "full" / "result.json").exists()
     part = train("--resume", tmp_path / "x" / "lora")
-    assert part.code == 2 and f"--resume {tmp_path / 'x'} goes on with all of it" in part.err
+    assert part.code == 2 and f"--resume {tmp_path / 'x'} continues all of it" in part.err
     finished = (tmp_path / "x" / "prompt" / "result.json").read_bytes()
     out = trained("--resume", tmp_path / "x")
     assert (tmp_path / "x" / "prompt" / "result.json").read_bytes() == finished  # not run again
@@ -154,7 +119,7 @@ def test_a_comparison_goes_on_as_one(
 @pytest.mark.parametrize("mode", MODES)
 def test_sigkill_at_any_moment_loses_nothing(common: list[str], tmp_path: Path, mode: str) -> None:
     """10 moments for each mode: after seeded delays, and before, after or half-way through writes."""
-    first = 10 * MODES.index(mode)
+    first = 10 * list(MODES).index(mode)
     arguments = [str(tmp_path), str(first), "10", *common, "--mode", mode, "--steps", "7"]
     kill = [sys.executable, str(ROOT / "tests" / "kill_moments.py"), *arguments]
     single = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -171,9 +136,9 @@ def test_sigkill_at_any_moment_loses_nothing(common: list[str], tmp_path: Path, 
 
 
 SLOW_STEP = """
-whole = train.train_step
+train_step = train.train_step
 def step(model, *others):
-    result = whole(model, *others)
+    result = train_step(model, *others)
     print("sleeping", flush=True)
     time.sleep(60)
     return result
@@ -183,7 +148,7 @@ SLOW_READING = """
 def load(*arguments):
     print("sleeping", flush=True)
     time.sleep(60)
-train.data.load_examples = load
+train.dataset.load_examples = load
 """
 
 
@@ -213,7 +178,7 @@ def wait_for_steps(folder: Path, process: subprocess.Popen, steps: int) -> None:
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_first_signal_saves_and_says_how_to_go_on(
+def test_the_first_signal_saves_and_says_how_to_resume(
     common: list[str], tmp_path: Path, number: int, code: int
 ) -> None:
     folder = tmp_path / "x"
@@ -225,7 +190,7 @@ def test_the_first_signal_saves_and_says_how_to_go_on(
     assert process.returncode == code and err == ""
     step = progress(folder)["step"]
     assert step >= 4 and len(step_losses(folder)) == step
-    assert f"stopped after step {step}; python train.py --resume {folder} goes on from there" in out
+    assert f"stopped after step {step}; python train.py --resume {folder} continues from there" in out
     assert not (folder / "result.json").exists()
 
 
@@ -267,7 +232,7 @@ def test_a_folder_in_use_is_refused(common: list[str], tmp_path: Path) -> None:
     assert evaluate(tmp_path / "x", "--prompt", "a", "--max-new-tokens", 1).code == 0  # reading is no harm
 
 
-def test_overwriting_needs_to_be_asked_for(common: list[str], tmp_path: Path) -> None:
+def test_overwriting_needs_its_flag(common: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "x"
     trained(*common, "--mode", "lora", "--out", folder)
     before = {name: (folder / name).read_bytes() for name in files(folder)}
@@ -284,7 +249,7 @@ def test_overwriting_needs_to_be_asked_for(common: list[str], tmp_path: Path) ->
     assert not (folder / "prompt").exists() and not (folder / "compare.json").exists()
 
 
-def test_what_is_no_run_is_never_overwritten(common: list[str], tmp_path: Path, model_folder: Path) -> None:
+def test_other_folders_are_never_overwritten(common: list[str], tmp_path: Path, model_folder: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     before = {name: (model_folder / name).read_bytes() for name in files(model_folder)}
@@ -297,7 +262,7 @@ def test_what_is_no_run_is_never_overwritten(common: list[str], tmp_path: Path, 
 
 
 def test_a_run_killed_before_it_began_can_begin_again(common: list[str], tmp_path: Path) -> None:
-    """A lock and half a config.json are no run that anybody could lose."""
+    """A lock and half a config.json are not a run that anybody could lose."""
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "lock").write_text("")
     (tmp_path / "x" / ".config.json.tmp").write_text("{")

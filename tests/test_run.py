@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, that it is not shared, and that what it holds is whole."""
+"""A run's folder: it belongs to one process, nothing else is overwritten, and the files in it are complete."""
 
 import json
 import os
@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import ROOT
 
 from minift.errors import UserError
+from minift.files.atomic import write_json
 from minift.run import folder as run
 
-ROOT = Path(__file__).parent.parent
 CONFIG = json.dumps({"mode": "lora", "origins": {"lr": [1.0, "command line"]}})
 
 
@@ -72,7 +73,7 @@ def test_a_run_is_replaced_only_when_asked(tmp_path: Path, files: dict[str, str]
     ],
     ids=["somebody's", "a model's", "broken", "a list"],
 )
-def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path, files: dict[str, str]) -> None:
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, files: dict[str, str]) -> None:
     folder = fill(tmp_path / "r", **files)
     before = names(folder)
     for resume in (False, True):
@@ -95,7 +96,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     """Another process holds it: refused before anything is deleted; free when it dies."""
     folder = fill(tmp_path / "r", config_json=CONFIG)
     hold = (
-        "import sys; from pathlib import Path; from minift import run\n"
+        "import sys; from pathlib import Path; from minift.run import folder as run\n"
         "with run.open_folder(Path(sys.argv[1]), False, True): print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
@@ -119,14 +120,15 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         assert names(folder) == {"lock"}
 
 
-def test_next_free(tmp_path: Path) -> None:
-    stem = tmp_path / "runs" / "lora"
-    assert run.next_free(stem) == tmp_path / "runs" / "lora-1"
+def test_without_out_the_first_free_number_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run.choose_folder(None, "lora") == Path("runs/lora-1")
     (tmp_path / "runs" / "lora-1").mkdir(parents=True)
     (tmp_path / "runs" / "lora-2").write_text("")
     (tmp_path / "runs" / "lora-4").mkdir()
-    assert run.next_free(stem).name == "lora-3"
-    assert run.next_free(tmp_path / "runs" / "full").name == "full-1"
+    assert run.choose_folder(None, "lora") == Path("runs/lora-3")
+    assert run.choose_folder(None, "full,lora") == Path("runs/full-lora-1")
+    assert run.choose_folder("mine", "lora") == Path("mine")
 
 
 def test_metrics_after_the_step_that_is_resumed_are_dropped(tmp_path: Path) -> None:
@@ -140,7 +142,7 @@ def test_metrics_after_the_step_that_is_resumed_are_dropped(tmp_path: Path) -> N
     assert [line["step"] for line in run.read_metrics(tmp_path)] == [1, 2, 2, 3, 4]
     with run.MetricsLog(tmp_path, 2) as log:
         log.write(step=3, loss=9.0)
-        assert run.read_metrics(tmp_path)[-1] == {"step": 3, "loss": 9.0}  # there while the run goes on
+        assert run.read_metrics(tmp_path)[-1] == {"step": 3, "loss": 9.0}  # on the disk at once
     assert run.read_metrics(tmp_path) == [
         {"step": 1, "loss": 0.1},
         {"step": 2, "loss": 0.2},
@@ -152,20 +154,20 @@ def test_metrics_after_the_step_that_is_resumed_are_dropped(tmp_path: Path) -> N
     assert run.read_metrics(tmp_path) == []
 
 
-def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
-    run.write_json(path, {"a": [1, 2.5, None, "\u00fc"]})
-    assert json.loads(path.read_text()) == {"a": [1, 2.5, None, "\u00fc"]} and names(tmp_path) == {
-        "result.json"
-    }
+    write_json(path, {"a": [1, 2.5, None, "\u00fc"]})
+    assert json.loads(path.read_text()) == {"a": [1, 2.5, None, "\u00fc"]}
+    assert names(tmp_path) == {"result.json"}
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match="result.json cannot be written: No space left on device"):
-        run.write_json(path, {})
+    with pytest.raises(UserError, match="result.json: cannot be written: No space left on device"):
+        write_json(path, {})
     assert json.loads(path.read_text()) == {"a": [1, 2.5, None, "\u00fc"]}
+    assert names(tmp_path) == {"result.json"}
 
 
 def test_the_first_signal_is_noted_and_the_handlers_come_back() -> None:
@@ -179,7 +181,7 @@ def test_the_first_signal_is_noted_and_the_handlers_come_back() -> None:
 
 def test_the_second_signal_ends_the_process() -> None:
     script = (
-        "import os, signal; from minift import run\nwith run.StopSignals():\n"
+        "import os, signal; from minift.run import folder as run\nwith run.StopSignals():\n"
         "    for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\n    print('still here')"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)

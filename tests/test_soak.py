@@ -1,25 +1,22 @@
-"""A long run in one process keeps its memory, its file handles and its threads."""
+"""A long run in one process does not collect memory, file handles or threads."""
 
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scripts import json_of, one_thread, step_losses, trained, write_pairs
+from scripts import json_of, step_losses, trained, write_pairs
 
 import train as script
 
-STEPS, EVERY = 2400, 100
+STEPS, EVERY = 1500, 60
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    with one_thread(predict=False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def resident_bytes() -> int:
@@ -41,14 +38,14 @@ def test_thousands_of_steps_cost_no_memory(
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / "base" / name).write_bytes((tokenizer_folder / name).read_bytes())
     pairs = write_pairs(tmp_path / "pairs", rows=40)
-    whole, samples, steps = script.train_step, [], iter(range(STEPS))
+    train_step, samples, steps = script.train_step, [], iter(range(STEPS))
 
     def step(*arguments: Any) -> tuple[float, float]:
         if next(steps) % EVERY == 0:
             gc.collect()
             handles = len(os.listdir("/proc/self/fd"))
             samples.append((resident_bytes(), handles, threading.active_count()))
-        return whole(*arguments)
+        return train_step(*arguments)
 
     monkeypatch.setattr(script, "train_step", step)
     options = f"--mode lora --steps {STEPS} --batch 2 --dropout 0.1 --eval-every {EVERY // 2} --patience 0"

@@ -5,22 +5,18 @@ import json
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from scripts import QUICK, Ended, evaluate, files, json_of, one_thread, process, train, trained, write_pairs
+from scripts import QUICK, Ended, evaluate, files, json_of, process, train, trained, write_pairs
 
 import train as script
 from minift import modes
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    with one_thread(predict=False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 class Place(NamedTuple):
@@ -84,7 +80,7 @@ TOKENIZER = {
     "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
               "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
               "vocab": {"a": 0, "b": 1}, "merges": []},
-}  # fmt: skip
+}
 
 
 class Malicious:
@@ -297,7 +293,7 @@ TRAIN: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     "resume of a base": (lambda p: ["--resume", p.model], ["config.json", "cannot be used"]),
     "resume with other options": (lambda p: ["--resume", p.run, "--lr", 1], ["--resume", "leave out --lr"]),
     "resume with a switch": (lambda p: ["--resume", p.run, "--no-skip-bad"], ["leave out --skip-bad"]),
-}  # fmt: skip
+}
 
 
 def assert_one_line(ended: Ended, words: list[str]) -> None:
@@ -343,10 +339,10 @@ def test_out_is_not_taken_from_anybody(place: Place, name: str) -> None:
     build, words = OUT[name]
     out = build(place)
     before = {name: path.read_bytes() for name in files(place.folder.parent)
-              if (path := place.folder.parent / name).is_file()}  # fmt: skip
+              if (path := place.folder.parent / name).is_file()}
     assert_one_line(train(*place.common, "--out", out), words)
     after = {name: path.read_bytes() for name in files(place.folder.parent)
-             if (path := place.folder.parent / name).is_file()}  # fmt: skip
+             if (path := place.folder.parent / name).is_file()}
     assert after == before
 
 
@@ -407,7 +403,7 @@ EVAL: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     "a mode of a newer version": (
         lambda p: [edited(p, "config.json", '"mode": "prompt",\n  "train"', '"mode": "later",\n  "train"')],
         ["config.json", "later"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EVAL)

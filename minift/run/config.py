@@ -177,9 +177,9 @@ def describe(config: Config) -> str:
 def save(folder: Path, config: Config) -> None:
     if is_main():
         folder.mkdir(exist_ok=True)
-        write_json(folder / "config.json", {
-            "mode": config.mode, "train": asdict(config.train), "data": asdict(config.data),
-            "mode_options": asdict(config.mode_options), "origins": config.origins})
+    write_json(folder / "config.json", {
+        "mode": config.mode, "train": asdict(config.train), "data": asdict(config.data),
+        "mode_options": asdict(config.mode_options), "origins": config.origins})
 
 
 def load(folder: Path) -> Config:
@@ -200,7 +200,10 @@ def load(folder: Path) -> Config:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be used: {type(error).__name__}: {error}") from None
     for options in (train, data, mode_options):
-        check_bounds(options)
+        try:
+            check_bounds(options)
+        except UserError as error:
+            raise UserError(f"{path} cannot be used: {error}") from None
     return Config(raw["mode"], train, data, mode_options, origins)
 
 

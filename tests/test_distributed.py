@@ -1,10 +1,8 @@
-"""Several processes on one machine, by torchrun with gloo, do what one process does."""
+"""Two processes on one machine (torchrun, gloo) compute what one process computes."""
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,11 @@ import torch
 from scripts import (
     ROOT,
     Ended,
+    assert_same_tensors,
     files,
+    interrupt,
     json_of,
     metrics,
-    one_thread,
     step_losses,
     tensors,
     train,
@@ -24,8 +23,7 @@ from scripts import (
     write_pairs,
 )
 
-import train as script
-from minift import distributed as parallel
+from minift import distributed
 from minift.files import safetensors
 
 # 26 rows in batches of 5, two a step: the last batch of an epoch is one row, and a process has none of it
@@ -33,28 +31,25 @@ SHORT = (
     "--steps 8 --batch 5 --accumulate 2 --order file --eval-every 3 --dtype fp32 --device cpu --test-rows 5 "
     "--val-rows 5 --max-new-tokens 4 --lr 1e-3"
 ).split()
-# what a rank does at its n-th step, put in front of the real train.py
+# train.py, in which one rank gets a signal at its n-th step
 AT_STEP = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
 from minift.errors import run_script
-whole, steps = train.train_step, 0
+train_step, steps = train.train_step, 0
 def step(*arguments):
     global steps
-    steps += len(arguments) == 4  # three: the plan's
+    steps += 1
     if os.environ["RANK"] == "{rank}" and steps == {step}:
         os.kill(os.getpid(), signal.{number})
-    return whole(*arguments)
+    return train_step(*arguments)
 train.train_step = step
 run_script(train.main)
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    with one_thread(predict=False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +59,7 @@ def common(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 def torchrun(tmp_path: Path, *arguments: Any, program: Any = ROOT / "train.py") -> Ended:
-    """Two processes; what torchrun itself has to say stays out of `err`."""
+    """Two processes; torchrun's own messages are not in `err`."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     logs = ["--redirects", "2", "--log-dir", tmp_path / "logs"]
     done = subprocess.run(
@@ -75,8 +70,8 @@ def torchrun(tmp_path: Path, *arguments: Any, program: Any = ROOT / "train.py") 
         capture_output=True,
         timeout=120,
     )
-    told = sorted((tmp_path / "logs").rglob("stderr.log"), key=lambda path: path.stat().st_mtime)[-2:]
-    return Ended(done.returncode, done.stdout, "".join(path.read_text() for path in told))
+    logs = sorted((tmp_path / "logs").rglob("stderr.log"), key=lambda path: path.stat().st_mtime)[-2:]
+    return Ended(done.returncode, done.stdout, "".join(path.read_text() for path in logs))
 
 
 def at_step(tmp_path: Path, step: int, rank: int, number: str) -> Path:
@@ -85,8 +80,8 @@ def at_step(tmp_path: Path, step: int, rank: int, number: str) -> Path:
     return program
 
 
-def assert_same_course(one: Path, other: Path) -> None:
-    """Equal to rounding: every loss, norm and tuned tensor; equal as they stand: files, names and shapes."""
+def assert_same_losses(one: Path, other: Path) -> None:
+    """Every loss, norm and tuned tensor is equal up to rounding; files, names and shapes are equal."""
     assert set(files(one)) == set(files(other))
     here, there = metrics(one), metrics(other)
     assert len(here) == len(there) and len(step_losses(one)) == 8
@@ -111,7 +106,7 @@ def assert_same_course(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     "options", [["--mode", "full,lora"], ["--mode", "all", "--shard", "--checkpoint"]], ids=["ddp", "fsdp"]
 )
-def test_two_processes_do_what_one_does(common: list[str], tmp_path: Path, options: list[str]) -> None:
+def test_two_processes_compute_what_one_computes(common: list[str], tmp_path: Path, options: list[str]) -> None:
     alone = trained(*common, *(o for o in options if o != "--shard"), "--out", tmp_path / "one")
     ended = torchrun(tmp_path, *common, *options, "--out", tmp_path / "two")
     assert ended.code == 0 and ended.err == ""
@@ -119,76 +114,67 @@ def test_two_processes_do_what_one_does(common: list[str], tmp_path: Path, optio
     assert len(lines) == len(alone.splitlines())  # one process prints
     modes = [result["mode"] for result in json_of(tmp_path / "one" / "compare.json")]
     for mode in modes:
-        assert_same_course(tmp_path / "one" / mode, tmp_path / "two" / mode)
+        assert_same_losses(tmp_path / "one" / mode, tmp_path / "two" / mode)
     assert set(files(tmp_path / "one")) == set(files(tmp_path / "two"))
 
 
-def test_a_rank_that_dies_ends_the_run_and_one_process_goes_on(common: list[str], tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_the_run_and_one_process_resumes_it(common: list[str], tmp_path: Path) -> None:
     trained(*common, "--mode", "adapter", "--out", tmp_path / "one")
     dies = at_step(tmp_path, 5, 1, "SIGKILL")
     ended = torchrun(tmp_path, *common, "--mode", "adapter", "--out", tmp_path / "x", program=dies)
     assert ended.code == 1 and ended.err.count("\n") == 1
     assert ended.err.startswith("error: a process of this run is gone")
-    assert f"train.py --resume {tmp_path / 'x'} goes on" in ended.err
+    assert f"train.py --resume {tmp_path / 'x'} continues" in ended.err
     assert len(step_losses(tmp_path / "x")) == 4 and not (tmp_path / "x" / "result.json").exists()
     trained("--resume", tmp_path / "x")
-    assert_same_course(tmp_path / "one", tmp_path / "x")
+    assert_same_losses(tmp_path / "one", tmp_path / "x")
 
 
-def test_two_processes_go_on_with_the_run_of_one(
+def test_two_processes_resume_the_run_of_one(
     common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(*common, "--mode", "selective", "--out", tmp_path / "one")
-    whole, steps = script.train_step, iter(range(1, 9))
-
-    def step(*arguments: Any) -> tuple[float, float]:
-        if next(steps) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return whole(*arguments)
-
-    monkeypatch.setattr(script, "train_step", step)
+    interrupt(monkeypatch, (4,))
     assert train(*common, "--mode", "selective", "--out", tmp_path / "x").code == 143
     ended = torchrun(tmp_path, "--resume", tmp_path / "x")
     assert ended.code == 0 and ended.err == ""
-    assert_same_course(tmp_path / "one", tmp_path / "x")
+    assert_same_losses(tmp_path / "one", tmp_path / "x")
 
 
-def test_a_sharded_run_stops_as_one_and_goes_on_bit_for_bit(common: list[str], tmp_path: Path) -> None:
-    """One rank alone gets the signal. With dropout, the same again."""
+def test_a_sharded_run_stops_as_one_and_resumes_bit_for_bit(common: list[str], tmp_path: Path) -> None:
+    """One rank alone gets the signal. Dropout draws the same again."""
     options = [*common, "--mode", "lora", "--shard", "--dropout", "0.2", "--model-dropout", "0.1"]
     assert torchrun(tmp_path, *options, "--out", tmp_path / "whole").code == 0
     stops = at_step(tmp_path, 5, 1, "SIGTERM")
     ended = torchrun(tmp_path, *options, "--out", tmp_path / "x", program=stops)
     assert ended.code == 1 and ended.err == ""
-    assert ended.out.count(f"stopped after step 5; python train.py --resume {tmp_path / 'x'} goes on") == 1
+    assert ended.out.count(f"stopped after step 5; python train.py --resume {tmp_path / 'x'} continues") == 1
     assert '"step": 5' in safetensors.read(tmp_path / "x" / "last.safetensors")[1]["progress"]
     assert torchrun(tmp_path, "--resume", tmp_path / "x").code == 0
-    for name in ("tuned.safetensors", "last.safetensors"):
-        a, b = tensors(tmp_path / "whole" / name), tensors(tmp_path / "x" / name)
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+    assert_same_tensors(tmp_path / "whole", tmp_path / "x")
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "x")
 
 
 def test_dropout_differs_between_ranks_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     for rank, step in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 1)):
-        monkeypatch.setattr(parallel, "RANK", rank)
-        parallel.seed(7, step)
+        monkeypatch.setattr(distributed, "RANK", rank)
+        distributed.seed_step(7, step)
         drawn.append(tuple(torch.rand(4).tolist()))
     assert len(set(drawn)) == 4 and drawn[3] == drawn[4]
 
 
-def test_a_mistake_is_told_once(common: list[str], tmp_path: Path) -> None:
-    """One that every rank meets, one that rank 0 alone meets, and a script that is for one process."""
+def test_an_error_is_printed_once(common: list[str], tmp_path: Path) -> None:
+    """One that every rank meets, one that rank 0 alone meets, and a script for one process."""
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.txt").write_text("years of work")
-    for arguments, program, said in (
+    for arguments, program, words in (
         (["--batch", 0], "train.py", "--batch 0"),
         ([*common, "--out", tmp_path / "x"], "train.py", "exists already"),
         ([tmp_path / "x"], "eval.py", "without torchrun"),
     ):
         ended = torchrun(tmp_path, *arguments, program=ROOT / program)
-        assert ended.code == 1 and ended.err.startswith("error: ") and said in ended.err
+        assert ended.code == 1 and ended.err.startswith("error: ") and words in ended.err
         assert ended.err.count("\n") == 1
     assert list(files(tmp_path / "x")) == ["thesis.txt"]
 
