@@ -126,8 +126,8 @@ def _read_turn(turn: dict[str, Any], name: str) -> Turn:
 
 
 def _turn_text(turn: dict[str, Any]) -> str:
-    """What a turn says: its content, and the calls of tools as JSON."""
-    content = turn.get("content", turn.get("value"))
+    """The text of a turn: its content, and the calls of tools as JSON."""
+    content = turn.get("content", turn.get("value", turn.get("text")))
     parts = content if isinstance(content, list) else [content]
     text = "".join(_part_text(part) for part in parts if part is not None)
     for name in ("tool_calls", "function_call"):

@@ -62,13 +62,13 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Example(Row):
-    """A row of tokens, and the pair that it was made of."""
+    """A row of tokens, and its pair of texts."""
 
     pair: Pair
 
     @property
     def prompt(self) -> list[int]:
-        """The tokens before the last span: what a completion is generated from."""
+        """The tokens before the last span; a completion is generated from them."""
         return self.ids[: self.spans[-1][0]]
 
 
@@ -285,7 +285,7 @@ def length_report(name: str, pairs: list[Pair], examples: list[Example], counts:
 
 
 def _text_report(counts: list[Counts], rows: int, options: DataOptions) -> list[str]:
-    """What stands between prompts and completions, and the control tokens in the texts."""
+    """The rows in which `join` was put, and the control tokens in the texts."""
     lines = []
     joined = sum(each.joined for each in counts)
     if joined:
@@ -300,12 +300,15 @@ def _text_report(counts: list[Counts], rows: int, options: DataOptions) -> list[
     return lines
 
 
-def load_examples(options: DataOptions, seed: int, tokenizer: Tokenizer, eos_id: int, room: int,
+def load_examples(options: DataOptions, seed: int, tokenizer: Tokenizer, eos_id: int | None, room: int,
                   limits: dict[str, int | None]) -> tuple[dict[str, list[Example]], list[str]]:
     """The splits named in `limits` as tokens, at most so many rows of each, and the report to print.
 
     A row takes at most `room` of the model's positions, or --max-length if that is less. Raises UserError.
     """
+    if eos_id is None:
+        raise UserError("no file of the base names its end-of-text, which every row needs: put eos_token_id "
+                        "into its generation_config.json")
     pairs = read_pairs(options, seed)
     examples, lines, counts = {}, list(pairs.notes), []
     max_length = min(options.max_length or room, room)

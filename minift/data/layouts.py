@@ -80,6 +80,7 @@ class ChatLayout:
     names: tuple[str, ...]  # of the fields with the turns
     turns: str  # "all" answers are learned, or the "last"
     join: str
+    unused: tuple[str, ...] = ()  # fields of the row that say how the chat came about
 
     @property
     def used(self) -> list[str]:
@@ -94,9 +95,10 @@ class ChatLayout:
 
     def __str__(self) -> str:
         turns = f"fields {', '.join(self.names)}" if len(self.names) > 1 else f"field {self.names[0]}"
+        unused = f", not used: {', '.join(self.unused)}" if self.unused else ""
         if self.turns == "all":
-            return f"{turns}, every answer of the assistant is learned (--turns last: the last one)"
-        return f"{turns}, the last answer of the assistant is learned"
+            return f"{turns}, every answer of the assistant is learned (--turns last: the last one){unused}"
+        return f"{turns}, the last answer of the assistant is learned{unused}"
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def _layout_without_flags(fields: dict[str, Any], options: PairOptions,
         return known
     for name in CHAT_FIELDS:
         if name in fields:
-            return ChatLayout((name,), options.turns, options.join)
+            unused = tuple(other for other in ("tools", "functions") if other in fields)
+            return ChatLayout((name,), options.turns, options.join, unused)
     if TEXT_FIELD in fields and not any(name in fields for name in TARGET_FIELDS):
         return TextLayout(TEXT_FIELD)
     return None

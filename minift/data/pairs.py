@@ -66,7 +66,7 @@ def _read_pair(layout: AnyLayout, fields: dict[str, Any], where: str) -> tuple[P
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that waits for its completion, and the row that it was made of."""
+    """A prompt that waits for its completion, and its row."""
 
     text: str
     fields: dict[str, Any]
