@@ -27,6 +27,7 @@ from minift.model.generate import generate
 from minift.model.gpt import GPT
 from minift.options import Parser, add_options, flag, option, resolve
 from minift.report import compare, metrics
+from minift.report.table import table
 from minift.run import config as configuration
 from minift.run.config import Config, TrainOptions
 
@@ -165,7 +166,8 @@ def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | No
     if first is None and options.data is None:
         raise UserError("a PEFT folder does not say which rows to score it on: give --data")
     data = first.data if options.data is None else DataOptions(options.data)
-    room = base.model.config.n_positions - max(model.prompt_tokens for model, _ in tuned.values())
+    reserved = max(model.prompt_tokens for model, _ in tuned.values())
+    room = base.model.config.n_positions - reserved
     seed = first.train.seed if first else TrainOptions.seed
     rows, lines = dataset.load_examples(data, seed, base.tokenizer, base.eos_token_id, room,
                                         {"test": options.test_rows})
@@ -173,23 +175,29 @@ def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | No
     if not examples:
         raise UserError(f"{data.data}: there are no test rows to score")
     general_file = options.general or (first.train.general if first else None)
-    general_text = dataset.read_text(general_file) if general_file else None
+    general_rows = None
+    if general_file:
+        n_positions = base.model.config.n_positions
+        general_rows = metrics.load_general_rows(general_file, base.tokenizer, n_positions, reserved)
     models = {"base": base.model}
     for folder, (model, _) in tuned.items():
         models[str(folder) if len(tuned) > 1 else "tuned"] = model
     scores = {}
     for name, model in models.items():
         scores[name] = metrics.score(model, base.tokenizer, base.eos_token_id, examples, options.batch,
-                                     options.max_new_tokens, general_text)
+                                     options.max_new_tokens, general_rows)
     if options.json:
         print(json.dumps(scores))
         return
     print("\n".join(f"  {line}" for line in lines))
-    if general_text and any(model.prompt_tokens for model, _ in tuned.values()):
+    if general_rows and reserved:
         print("  the general text is read with the soft prompt in front")
     made = ", ".join(f"{mode} of {folder}" for folder, (_, mode) in tuned.items())
     print(f"{made}, {len(examples)} test rows")
     print_scores(scores)
+    for name, score in scores.items():
+        for line in metrics.limit_report(score, options.max_new_tokens):
+            print(f"  {name}: {line}")
     print_completions(scores, examples[: options.shown])
 
 
@@ -207,9 +215,11 @@ def print_scores(scores: dict[str, dict[str, Any]]) -> None:
         if "forgetting" in base:
             print(f"forgetting: {scores['tuned']['forgetting']:+.4f} nats per token on the general text")
     else:
-        shown = [name for name in (*numbers, "forgetting") if name in base]
-        headings = {"name": ""} | {name: name for name in shown}
-        print(compare.table([{"name": name, **score} for name, score in scores.items()], headings))
+        columns = {"name": ("", str)}
+        for name in (*numbers, "forgetting"):
+            if name in base:
+                columns[name] = (name, "{:.4f}".format)
+        print(table([{"name": name, **score} for name, score in scores.items()], columns))
 
 
 def print_completions(scores: dict[str, dict[str, Any]], examples: list[Example]) -> None:

@@ -33,19 +33,21 @@ from minift.device import (
     reset_peak_memory,
     resident_memory,
 )
-from minift.distributed import all_sum, full_tensor, is_main, processes, replicate, seed_step
+from minift.distributed import all_sum, processes, replicate, seed_step
 from minift.errors import UserError, run_script
 from minift.files import checkpoint, weights
 from minift.files.atomic import write_json
-from minift.files.checkpoint import LAST, TUNED, Progress
+from minift.files.checkpoint import TUNED, Progress
 from minift.files.weights import Base
 from minift.model.gpt import GPT
+from minift.model.packing import Row
 from minift.report import compare, metrics
+from minift.report.result import make_result, summary
 from minift.run import config as configuration
 from minift.run.config import Config, TrainOptions
 from minift.run.folder import COMPARE, MetricsLog, StopSignals, choose_folder, finished, open_folder
 from minift.training import (
-    MicroBatches,
+    bad_step,
     build,
     build_on_meta,
     iterate_steps,
@@ -75,8 +77,9 @@ def main(arguments: list[str]) -> None:
     base = load_base(options)
     meta_models = [build_on_meta(base, config) for config in configs]  # checks the options of every mode
     check_adapter(configs[0], base)
-    rows = load_rows(configs[0], base, max(model.prompt_tokens for model in meta_models))
-    general_text = load_general_text(options, base)
+    reserved = max(model.prompt_tokens for model in meta_models)
+    rows = load_rows(configs[0], base, reserved)
+    general_rows = load_general_rows(options, base, reserved)
 
     # each mode: plan, build, train, score
     out = choose_folder(options.out, options.mode)
@@ -89,16 +92,17 @@ def main(arguments: list[str]) -> None:
             print(configuration.describe(config))
             result = finished(folder) if is_comparison and options.resume else None
             if result is None:
-                run = tune(config, base, meta_model, rows, general_text, folder)
+                facts, scores = tune(config, base, meta_model, rows, general_rows, folder)
                 if base_scores is None:  # after the first run, so that training begins at once
-                    base_scores = score(untouched_base(base, options), base, rows, options, general_text)
-                result = report(config, run, base_scores, rows, folder)
+                    base_scores = score(untouched_base(base, options), base, rows, options, general_rows)
+                result = make_result(facts, scores, base_scores)
+                write_json(folder / "result.json", result)
+                print(summary(result, scores, base_scores, rows["test"], options.max_new_tokens))
             results.append(result)
 
         # the table
         if is_comparison:
-            if is_main():
-                print("\n" + compare.write(out, results))
+            print("\n" + compare.write(out, results))
             return
     print(f"next: python eval.py {out} --prompt TEXT, or the same on your own pairs: "
           f"python train.py --mode {configs[0].mode} --model gpt2 --data YOUR.jsonl")
@@ -138,26 +142,23 @@ def load_rows(config: Config, base: Base, reserved: int) -> Rows:
     return rows
 
 
-def load_general_text(options: TrainOptions, base: Base) -> str | None:
+def load_general_rows(options: TrainOptions, base: Base, reserved: int) -> list[Row] | None:
+    """The text of --general, outside the task, on which forgetting is measured."""
     if options.general is None:
         return None
-    text = dataset.read_text(options.general)
-    if len(dataset.tokenize(base.tokenizer, [text[:1000]])[0]) < 2:
-        raise UserError(f"--general {options.general} holds fewer than two tokens: there is nothing to score")
-    return text
+    return metrics.load_general_rows(options.general, base.tokenizer, base.model.config.n_positions, reserved)
 
 
 def write_configs(out: Path, configs: list[Config], folders: list[Path]) -> None:
-    if len(configs) > 1 and is_main():
+    if len(configs) > 1:
         compare.write_modes(out / COMPARE, [config.mode for config in configs])  # --resume reads it
     for config, folder in zip(configs, folders, strict=True):
         configuration.save(folder, config)
 
 
-def tune(config: Config, base: Base, meta_model: GPT, rows: Rows, general_text: str | None,
-         folder: Path) -> dict[str, Any]:
-    """One mode from the untouched base to scores. Returns the part of result.json that this run alone decides, and
-    the completions."""
+def tune(config: Config, base: Base, meta_model: GPT, rows: Rows, general_rows: list[Row] | None,
+         folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One mode, from the untouched base to scores. Returns facts of the run for result.json, and the scores."""
     options, started = config.train, time.perf_counter()
     device = choose_device(options.device)
 
@@ -175,19 +176,22 @@ def tune(config: Config, base: Base, meta_model: GPT, rows: Rows, general_text: 
     progress = train(model, config, base, rows, folder)
     peak = peak_memory(device)
 
-    scores = score(model, base, rows, options, general_text)
-    return {
+    scores = score(model, base, rows, options, general_rows)
+    facts = {
+        "mode": config.mode, "base": options.model, "learning_rate": options.lr,
         "steps": progress.step, "best_step": progress.best_step, "stopped_early": progress.early_stopped,
         "trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total,
-        "train_loss": progress.train_loss, "best_val_loss": progress.best_val_loss, "scores": scores,
-        "peak_memory_bytes": peak, "predicted_peak_bytes": predicted_peak,
-        "tokens_per_second": progress.tokens / progress.seconds, "seconds": time.perf_counter() - started}
+        "train_loss": progress.train_loss, "best_val_loss": progress.best_val_loss,
+        "tuned_bytes": checkpoint.tuned_bytes(folder), "peak_memory_bytes": peak,
+        "predicted_peak_bytes": predicted_peak, "tokens_per_second": progress.tokens / progress.seconds,
+        "seconds": time.perf_counter() - started}
+    return facts, scores
 
 
-def score(model: GPT, base: Base, rows: Rows, options: TrainOptions, general_text: str | None) -> dict[str, Any]:
+def score(model: GPT, base: Base, rows: Rows, options: TrainOptions, general_rows: list[Row] | None) -> dict[str, Any]:
     """The scores of a model on the test rows."""
     return metrics.score(model, base.tokenizer, base.eos_token_id, rows["test"], options.batch,
-                         options.max_new_tokens, general_text)
+                         options.max_new_tokens, general_rows)
 
 
 def train(model: GPT, config: Config, base: Base, rows: Rows, folder: Path) -> Progress:
@@ -217,7 +221,7 @@ def train(model: GPT, config: Config, base: Base, rows: Rows, folder: Path) -> P
             loss, grad_norm = train_step(model, micro_batches, options.clip, replica)
             loss, stop = all_sum(loss, signals.received)
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                raise bad_step(model, loss, micro_batches, progress, folder)
+                raise bad_step(model, loss, micro_batches, progress.step + 1, folder)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -272,7 +276,7 @@ def init_or_resume(model: GPT, options: TrainOptions, rows: Rows, folder: Path, 
 def validate(model: GPT, val_rows: list[Example], options: TrainOptions, folder: Path, metadata: dict[str, str],
              progress: Progress) -> float:
     """The validation loss. Saves the parameters if it is the best so far, and decides on early stopping."""
-    val_loss = metrics.measure_losses(model, val_rows, options.batch).loss
+    val_loss = metrics.measure_losses(model, val_rows, options.batch)["loss"]
     if not math.isfinite(val_loss):
         raise UserError(f"step {progress.step}: the validation loss is {val_loss}; the files in {folder} are from "
                         "before and intact: lower --lr")
@@ -285,46 +289,6 @@ def validate(model: GPT, val_rows: list[Example], options: TrainOptions, folder:
         checkpoint.save_tuned(folder, model, metadata, progress)
     progress.early_stopped = 0 < options.patience <= progress.evals_since_best
     return val_loss
-
-
-def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, progress: Progress, folder: Path) -> UserError:
-    """The error for a loss or gradient that is not finite: where to look. The parameters on the disk are good."""
-    norms = {}
-    for name, parameter in modes.tuned_parameters(model).items():
-        if parameter.grad is not None:
-            norm = full_tensor(parameter.grad).norm().item()
-            norms[name] = norm if math.isfinite(norm) else math.inf
-    worst = max(norms, key=norms.__getitem__)
-    rows = ", ".join(row.pair.where for batch in micro_batches for row in batch)
-    last = folder / LAST
-    intact = f"{last} is intact" if last.exists() else "nothing is saved yet"
-    return UserError(f"step {progress.step + 1}: the loss is {loss} and the largest gradient, of {worst}, has norm "
-                     f"{norms[worst]}; rows: {rows}; {intact}; lower --lr, look at these rows, or try --dtype fp32")
-
-
-def report(config: Config, run: dict[str, Any], base_scores: dict[str, Any], rows: Rows,
-           folder: Path) -> dict[str, Any]:
-    """Write result.json and print a run's scores beside the base's. Returns the result."""
-    scores = run.pop("scores")
-    result = {"mode": config.mode, "base": config.train.model, "learning_rate": config.train.lr, **run}
-    for name in ("loss", "perplexity"):
-        result[f"test_{name}"] = scores[name]
-    for name in ("token_accuracy", "exact_match", "rouge1", "rouge2", "rougeL"):
-        result[name] = scores[name]
-    result |= {"base_test_loss": base_scores["loss"], "base_rougeL": base_scores["rougeL"], "forgetting": None}
-    if scores["general_loss"] is not None:
-        result["forgetting"] = scores["general_loss"] - base_scores["general_loss"]
-    result["tuned_bytes"] = checkpoint.tuned_bytes(folder)
-    if is_main():
-        write_json(folder / "result.json", result)
-    for i, row in enumerate(rows["test"][:3]):
-        print(f"\n  {row.pair.where}   {row.pair.completion!r}\n  base   {base_scores['completions'][i]!r}\n"
-              f"  tuned  {scores['completions'][i]!r}")
-    print(f"\n{config.mode}: test loss {base_scores['loss']:.4f} -> {scores['loss']:.4f}, ROUGE-L "
-          f"{base_scores['rougeL']:.3f} -> {scores['rougeL']:.3f}, {compare.size(result['tuned_bytes'])} in "
-          f"{folder / TUNED}, peak memory {compare.cell('peak_memory_bytes', run['peak_memory_bytes'])}, predicted "
-          f"{compare.cell('predicted_peak_bytes', run['predicted_peak_bytes'])}")
-    return result
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minift.data.pairs import READERS
+from minift.data.readers import SUFFIXES, FileFormat, read_records
 from minift.errors import UserError
 from minift.files.atomic import write_atomically
 
@@ -79,28 +79,24 @@ def find(file: PublicFile, source: Path) -> Path:
     if source.is_file():
         return source
     for stem in file.stems:
-        for suffix in READERS:
+        for suffix in SUFFIXES:
             if (path := source / (stem + suffix)).is_file():
                 return path
     if not source.exists():
         raise UserError(f"--source {source}: no such file or folder")
-    names, endings = " or ".join(file.stems), " ".join(READERS)
+    names, endings = " or ".join(file.stems), " ".join(SUFFIXES)
     raise UserError(f"--source {source}: holds no file {names} ending in {endings}")
 
 
 def convert_rows(path: Path, convert: Callable[[dict[str, Any]], list[Row]]) -> Iterable[Row]:
-    if path.suffix not in READERS:
-        raise UserError(f"{path}: unknown kind of file, known are {' '.join(READERS)}")
-    try:
-        for row in READERS[path.suffix](path):
-            try:
-                if row.problem:
-                    raise ValueError(row.problem)
-                yield from convert(row.fields)
-            except ValueError as error:
-                raise UserError(f"{path.with_name(row.where)}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    records, _ = read_records(path, FileFormat())
+    for record in records:
+        try:
+            if record.problem:
+                raise ValueError(record.problem)
+            yield from convert(record.fields)
+        except ValueError as error:
+            raise UserError(f"{path.with_name(record.where)}: {error}") from None
 
 
 def text(fields: dict[str, Any], name: str) -> str:

@@ -7,6 +7,7 @@ the default.
 import argparse
 import dataclasses
 import math
+import operator
 import types
 import typing
 from typing import Any, NoReturn, TypeVar
@@ -100,13 +101,13 @@ def check_bounds(options: Any) -> None:
         value, bounds = getattr(options, field.name), field.metadata["bounds"]
         if value is None:
             continue
-        for word, bound, broken in (
-            ("at least", bounds["least"], lambda value, bound: value < bound),
-            ("at most", bounds["most"], lambda value, bound: value > bound),
-            ("above", bounds["above"], lambda value, bound: value <= bound),
-            ("below", bounds["below"], lambda value, bound: value >= bound),
+        for word, bound, holds in (
+            ("at least", bounds["least"], operator.ge),
+            ("at most", bounds["most"], operator.le),
+            ("above", bounds["above"], operator.gt),
+            ("below", bounds["below"], operator.lt),
         ):
-            if bound is not None and broken(value, bound):
+            if bound is not None and not holds(value, bound):  # nan holds to no bound
                 raise UserError(f"{flag(field.name)} {value}: must be {word} {bound:,}")
 
 

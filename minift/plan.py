@@ -19,33 +19,24 @@ from minift.data.dataset import load_examples
 from minift.device import choose_device, choose_dtype, process_bytes, resident_memory
 from minift.distributed import local_rows
 from minift.files import weights
-from minift.files.weights import Base
 from minift.model.gpt import GPT, GPTConfig
 from minift.model.packing import Row
-from minift.ops.register import FLOPS
-from minift.report import compare
+from minift.ops import FLOPS
+from minift.report.table import format_bytes, table
 from minift.run.config import Config
 from minift.training import build_on_meta, largest_batch, make_optimizer, train_step
 
-SIZES = {
-    "distilgpt2": GPTConfig(n_layer=6),
-    "gpt2": GPTConfig(),
-    "gpt2-medium": GPTConfig(n_embd=1024, n_layer=24, n_head=16),
-    "gpt2-large": GPTConfig(n_embd=1280, n_layer=36, n_head=20),
-    "gpt2-xl": GPTConfig(n_embd=1600, n_layer=48, n_head=25),
-    "gpt3-175b": GPTConfig(n_embd=12288, n_layer=96, n_head=96, n_positions=2048),  # Brown et al. 2020
-}
 COLUMNS = {
-    "mode": "mode",
-    "trainable_parameters": "trainable",
-    "weights_bytes": "weights",
-    "gradients_bytes": "gradients",
-    "optimizer_bytes": "optimizer",
-    "activations_bytes": "activations",
-    "logits_bytes": "logits",
-    "predicted_peak_bytes": "peak",
-    "tuned_bytes": "tuned file",
-    "flops_per_token": "FLOPs/token",
+    "mode": ("mode", str),
+    "trainable_parameters": ("trainable", "{:,}".format),
+    "weights_bytes": ("weights", format_bytes),
+    "gradients_bytes": ("gradients", format_bytes),
+    "optimizer_bytes": ("optimizer", format_bytes),
+    "activations_bytes": ("activations", format_bytes),
+    "logits_bytes": ("logits", format_bytes),
+    "predicted_peak_bytes": ("peak", format_bytes),
+    "tuned_bytes": ("tuned file", format_bytes),
+    "flops_per_token": ("FLOPs/token", "{:.2e}".format),
 }
 ASSUMED_TOKENS = 512  # of a row, where there are no rows; a fifth of them are targets
 
@@ -164,19 +155,10 @@ def nbytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def load_shape(name: str) -> Base:
-    """The base of a name in SIZES, or of a folder, on the meta device: shapes, and the folder's tokenizer, but no
-    weights. Raises UserError."""
-    if name not in SIZES:
-        return weights.load_on_meta(name)
-    with torch.device("meta"):
-        return Base(name, None, GPT(SIZES[name]), None, None)
-
-
 def report(configs: list[Config]) -> str:
     """The text of train.py --plan: the planned step and a row for each mode. Raises UserError."""
     options, data = configs[0].train, configs[0].data
-    device, base = choose_device(options.device), load_shape(options.model)
+    device, base = choose_device(options.device), weights.load_on_meta(options.model)
     models = [build_on_meta(base, config) for config in configs]
     room = base.model.config.n_positions - max(model.prompt_tokens for model in models)
     if data.data and base.tokenizer is not None:
@@ -197,5 +179,5 @@ def report(configs: list[Config]) -> str:
         f"a batch of {len(batch)} rows with {sum(len(row.ids) for row in batch):,} tokens, of which "
         f"{sum(row.num_targets for row in batch):,} are targets ({origin})",
         f"peak: all tensors alive at one time, on a CPU three tenths more for holes in the heap, and the "
-        f"{compare.size(resident)} in use without them",
-        "", compare.table(results, COLUMNS)])
+        f"{format_bytes(resident)} in use without them",
+        "", table(results, COLUMNS)])

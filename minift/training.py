@@ -5,19 +5,21 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from minift import modes
 from minift.data.dataset import batches, file_batches
-from minift.device import choose_device, choose_dtype, release_pages
-from minift.distributed import WORLD_SIZE, local_rows, to_device
+from minift.device import choose_device, choose_dtype
+from minift.distributed import WORLD_SIZE, full_tensor, local_rows, to_device
 from minift.errors import UserError
+from minift.files.checkpoint import LAST
 from minift.files.weights import Base
 from minift.model.gpt import GPT
 from minift.model.packing import Row
-from minift.ops.lora import check_kernel
+from minift.ops.kernel_choice import check_kernel
 from minift.run.config import Config, TrainOptions
 
 MicroBatches = list[Sequence[Row]]  # the rows of an optimizer step, one batch for each forward pass
@@ -28,6 +30,7 @@ def apply_config(model: GPT, config: Config) -> None:
     options, device = config.train, choose_device(config.train.device)
     modes.apply(model, config.mode, config.mode_options)
     model.dropout, model.checkpoint = options.model_dropout, options.checkpoint
+    # after the mode: only now it is known which weights are frozen and can be stored in the compute dtype
     model.set_compute_dtype(choose_dtype(options.dtype, device))
     check_kernel(options.kernel, device)
     model.set_kernel(options.kernel)
@@ -54,11 +57,6 @@ def build(base: Base, config: Config) -> GPT:
     torch.manual_seed(config.train.seed)
     model = base.model.shared_copy()
     apply_config(model, config)
-    # the optimizer changes parameters in place: those of the base need a copy, or the base would change too
-    for parameter in modes.tuned_parameters(model).values():
-        source = parameter.data
-        parameter.data = source.clone()
-        release_pages(source)
     if start := modes.MODES[config.mode].start:
         start(model, config.mode_options, base.tokenizer)
     if config.adapter is not None:
@@ -143,7 +141,7 @@ def train_step(model: GPT, micro_batches: MicroBatches, clip: float,
     targets_in_step = sum(row.num_targets for batch in micro_batches for row in batch)
     loss_sum = 0.0
     for number, batch in enumerate(micro_batches, start=1):
-        packed = model.pack(local_rows(batch))
+        packed = model.pack(local_rows(batch))  # the only place where training rows become tensors
         # ranks exchange gradients once a step, after the last micro-batch
         wait = replica.no_sync() if replica and number < len(micro_batches) else contextlib.nullcontext()
         with wait:
@@ -152,3 +150,17 @@ def train_step(model: GPT, micro_batches: MicroBatches, clip: float,
         loss_sum += loss.item()
     tuned = modes.tuned_parameters(model).values()
     return loss_sum, nn.utils.clip_grad_norm_(tuned, clip or math.inf).item()
+
+
+def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, step: int, folder: Path) -> UserError:
+    """The error for a loss or gradient that is not finite: where to look. The parameters on the disk are good."""
+    norms = {}
+    for name, parameter in modes.tuned_parameters(model).items():
+        if parameter.grad is not None:
+            norm = full_tensor(parameter.grad).norm().item()
+            norms[name] = norm if math.isfinite(norm) else math.inf
+    worst = max(norms, key=norms.__getitem__)
+    rows = ", ".join(row.pair.where for batch in micro_batches for row in batch)
+    intact = f"{folder / LAST} is intact" if (folder / LAST).exists() else "nothing is saved yet"
+    return UserError(f"step {step}: the loss is {loss} and the largest gradient, of {worst}, has norm {norms[worst]}; "
+                     f"rows: {rows}; {intact}; lower --lr, look at these rows, or try --dtype fp32")

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from minift.ops import lora_triton as triton_kernels  # noqa: E402
+from minift.ops import lora_triton  # noqa: E402
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
 QV = (0, 1536)
@@ -67,8 +67,8 @@ def launches(cases: list[tuple]) -> dict[tuple, JITFunction]:
         x, weight = empty(M, K), empty(N, K)
         A, B = empty(P * rank, K, dtype=torch.float32), empty(P * n, rank, dtype=torch.float32)
         seed = empty(dtype=torch.int64) if dropout else None
-        y, h = triton_kernels.forward(x, weight, empty(N), A, B, list(offsets), 2.0, dropout, seed)
-        triton_kernels.backward(y, x, weight, A, B, h, list(offsets), 2.0, dropout, seed, True)
+        y, h = lora_triton.forward(x, weight, empty(N), A, B, list(offsets), 2.0, dropout, seed)
+        lora_triton.backward(y, x, weight, A, B, h, list(offsets), 2.0, dropout, seed, True)
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from scripts import one_thread as one_thread_without_plan
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
+from minift.files.gpt2_config import parse_config
 from minift.model.gpt import GPT, GPTConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test needs a network
@@ -83,7 +84,7 @@ def from_reference() -> Callable[[torch.nn.Module], GPT]:
     from transformers.pytorch_utils import Conv1D
 
     def convert(reference: torch.nn.Module) -> GPT:
-        model = GPT(GPTConfig.from_json(reference.config.to_dict(), "reference"))
+        model = GPT(parse_config(reference.config.to_dict(), "reference"))
         values = dict(reference.transformer.named_parameters())
         for name, module in reference.transformer.named_modules():
             if isinstance(module, Conv1D):

@@ -37,7 +37,7 @@ def record(root: Path) -> dict[str, dict[str, list[float]]]:
             out = Path(folder) / "run"
             command = [sys.executable, "train.py", *arguments, *SHORT, "--out", str(out)]
             subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL,
-                           env=os.environ | {"OMP_NUM_THREADS": "2"})
+                           env={"OMP_NUM_THREADS": "2"} | os.environ)
             recorded[name] = values = {}
             for file in sorted(out.rglob("metrics.jsonl")):
                 for line in map(json.loads, file.read_text().splitlines()):

@@ -1,75 +1,137 @@
-"""python -m minift.bench kernels, on a layer so small that only its form can be tested."""
+"""python -m minift.bench, on shapes so small that only its form can be tested."""
 
 import json
-from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
 from scripts import run
-from torch._subclasses import FakeTensorMode
 
-from minift import bench
-from minift.bench import kernels as bench_kernels
-from minift.ops import lora as kernels
+from minift.bench import ceilings, decode, layers
+from minift.bench import train as bench_train
+from minift.bench.__main__ import main
+from minift.model.gpt import GPTConfig
+from minift.modes import MODES
 from minift.ops.lora import lora_linear
+
+ON_CPU = ("--dtype", "fp32", "--device", "cpu")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """distilgpt2 with the shape of a toy."""
+    for module in (bench_train, decode):
+        shape = GPTConfig(vocab_size=97, n_positions=96, n_embd=24, n_layer=2, n_head=3, eos_token_id=96)
+        monkeypatch.setitem(module.SIZES, "distilgpt2", shape)
+
+
+def result_of(*arguments: str) -> tuple[str, dict[str, Any]]:
+    """What a benchmark printed, and its JSON object."""
+    ended = run(main, *arguments, *ON_CPU)
+    assert ended.code == 0, ended.err
+    return ended.out, json.loads(ended.out.splitlines()[-1])
 
 
 def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_kernels, "cache_bytes", lambda device: 2**20)
-    ended = run(bench.main, "kernels", "--quick", "--shapes", "32x96,32x96/qv", "--tokens", "50",
-                "--samples", "3", "--dtype", "fp32", "--device", "cpu")  # fmt: skip
-    assert ended.code == 0, ended.err
-    result = json.loads(ended.out.splitlines()[-1])
+    monkeypatch.setattr(ceilings, "cache_bytes", lambda device: 2**20)
+    out, result = result_of("kernels", "--quick", "--shapes", "32x96,32x96/qv", "--tokens", "50",
+                            "--samples", "3")
     rows = {(row["row"], row["dropout"]): row for row in result["rows"]}
     assert {name for name, _ in rows} >= {"frozen", "eager", "function"} and len(result["not_measured"]) >= 2
     for row in rows.values():
         assert row["ms_min"] <= row["ms"] <= row["ms_max"] and 0 < row["flop_share"] and 0 < row["byte_share"]
     for p in (0, 0.1):
         assert rows["frozen", p]["over_frozen"] == rows["function", p]["over_function"] == 1
-    assert "Function + addmm against eager" in ended.out and "Triton is not measured" in ended.out
-    assert "4 cases, at least 0.0 minutes" in ended.out and "32 x 96/qv, 50 tokens" in ended.out
+    assert "Function + addmm, launch eager, 4 cases: its time is" in out and "Triton is not measured" in out
+    assert "4 cases, at least 0.0 minutes" in out and "32 x 96/qv, 50 tokens" in out
     M, K, N, r = 50, 32, 96, 8
-    case = bench_kernels.Case(K, N, M, r, 0.0)
+    case = layers.Case(K, N, M, r, 0.0)
     assert case.work("frozen", 2) == (4 * M * K * N, 4 * (M * K + M * N + K * N))
     assert case.work("triton", 2)[0] == 4 * M * K * N + 3 * (2 * M * K * r + 2 * M * N * r)
 
 
 @pytest.mark.parametrize("parts", ["qv", "k"])
 def test_parts_of_a_fused_matrix(parts: str) -> None:
-    """What is timed is one update by any row, and a line of it for the table is what `auto` looks for."""
-    case = bench_kernels.Case(6, 12, 50, 2, 0.0, parts)
-    layer, *others = bench_kernels.make_ring(case, torch.float64, torch.device("cpu"), 2**40)
-    assert len(others) == bench_kernels.RING - 1
+    """Every implementation computes the same update."""
+    case = layers.Case(6, 12, 50, 2, 0.0, parts)
+    layer, *others = layers.make_ring(case, torch.float64, torch.device("cpu"), 2**40)
+    assert len(others) == layers.MAX_RING - 1
     x, weight, bias = layer["x"], layer["weight"], layer["bias"]
-    theirs = bench_kernels.eager(x, weight, bias, layer["a"], layer["b"], 0.0, case.offsets)
-    ours = lora_linear(x, weight, bias, layer["a"], layer["b"], bench_kernels.SCALE, case.offsets)
+    theirs = layers.eager(x, weight, bias, layer["a"], layer["b"], 0.0, case.offsets)
+    ours = lora_linear(x, weight, bias, layer["a"], layer["b"], layers.SCALE, case.offsets)
     assert torch.allclose(ours, theirs) and not torch.allclose(ours, x @ weight.T + bias)
     assert case.work("function", 8)[0] - case.work("frozen", 8)[0] == len(parts) * 3 * (2 * 50 * 2 * (6 + 4))
 
 
-def test_the_tables_lines_are_those_that_auto_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On fake tensors of a GPU that need not be here."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    monkeypatch.setattr(kernels, "triton_fault", lambda device: None)
-    monkeypatch.setattr(kernels, "device_name", lambda device: "some GPU")
-    gains = {("", 64): 0.9, ("", 128): 0.8, ("qv", 64): 1.1, ("qv", 128): 0.9, ("k", 64): 2, ("k", 128): 2}
-    rows = [{"row": "triton", "launch": "eager", "over_function": gain,
-             **asdict(bench_kernels.Case(64, 192, M, 8, 0.1, parts))} for (parts, M), gain in gains.items()]
-    lines = list(bench_kernels.table_lines(rows, torch.device("cuda"), "bfloat16"))
-    monkeypatch.setattr(kernels, "TRITON_WINS", eval("{" + "".join(lines) + "}"))
-    with FakeTensorMode():
-        for (parts, M), gain in gains.items():
-            case = bench_kernels.Case(64, 192, M, 8, 0.1, parts)
-            x, weight, B = (torch.empty(size, dtype=torch.bfloat16, device="cuda") for size in
-                            ((M, 64), (192, 64), (len(case.offsets) * case.n, 8)))
-            assert kernels.triton_wins(x, weight, B, len(case.offsets), 0.1) == (gain < 1), case
+def test_rows_of_a_whole_matrix_compute_the_same() -> None:
+    case = layers.Case(8, 12, 20, 2, 0.0)
+    ring = layers.make_ring(case, torch.float32, torch.device("cpu"), 0)
+    names, _ = layers.find_rows(True, torch.device("cpu"))
+    outputs = {name: layers.forward_of(name, case, ring)(ring[0])[0] for name in names}
+    for name in set(names) - {"frozen"}:
+        assert torch.allclose(outputs[name], outputs["eager"], atol=1e-5), name
+    assert not torch.allclose(outputs["frozen"], outputs["eager"], atol=1e-2)
 
 
-WRONG = [("--shapes", "32"), ("--shapes", "32x32/qv"), ("--shapes", "32x33/x"), ("--tokens", "many"),
-         ("--dropouts", "1")]
+@pytest.mark.parametrize("ragged", [False, True])
+def test_train(tiny: None, ragged: bool) -> None:
+    arguments = ["--batch", "2", "--tokens", "20", "--targets", "5", "--steps", "2", "--rank", "3",
+                 "--dropout", "0.1"]
+    if ragged:
+        arguments.append("--ragged")
+    out, result = result_of("train", "--size", "distilgpt2", *arguments)
+    assert [row["mode"] for row in result["rows"]] == list(MODES) and result["rank"] == 3
+    for row in result["rows"]:
+        assert row["step_ms_min"] <= row["step_ms"] <= row["step_ms_max"] and row["flops_per_step"] > 0
+        assert f"| {row['mode']}" in out and row["tokens_per_second"] > 0 and 0 < row["share"]
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_mistakes_are_one_line(wrong: tuple[str, str]) -> None:
-    ended = run(bench.main, "kernels", *wrong)
-    assert ended.code == 2 and wrong[1] in ended.err and ended.err.count("\n") == 1
+def test_ragged_rows_have_the_mean_length(tiny: None) -> None:
+    options = bench_train.TrainBenchOptions("distilgpt2", batch=300, tokens=30, targets=5, ragged=True,
+                                            steps=1)
+    model = bench_train.random_model("distilgpt2", torch.float32)
+    first, second, _ = bench_train.random_steps(options, model)
+    lengths = [len(row.ids) for row in first]
+    assert lengths != [len(row.ids) for row in second]  # new rows in each step, the same in each run
+    assert bench_train.random_steps(options, model)[0] == first
+    assert min(lengths) > 5 and max(lengths) <= 96 and 27 < sum(lengths) / 300 < 33
+    assert all(row.spans == ((len(row.ids) - 5, len(row.ids)),) for row in first)
+
+
+def test_decode(tiny: None) -> None:
+    out, result = result_of("decode", "--size", "distilgpt2", "--batch", "3", "--prompt-tokens", "10",
+                            "--new-tokens", "4", "--repeats", "2", "--mode", "full,lora")
+    assert [row["mode"] for row in result["rows"]] == ["full", "lora"]
+    for row in result["rows"]:
+        assert row["total_ms_min"] <= row["total_ms"] <= row["total_ms_max"]
+        assert row["new_tokens_per_second"] == pytest.approx(3 * 4 / row["total_ms"] * 1e3)
+
+
+WRONG = [
+    (["kernels", "--shapes", "32"], "32"),
+    (["kernels", "--shapes", "32x32/qv"], "32x32/qv"),
+    (["kernels", "--shapes", "32x33/x"], "32x33/x"),
+    (["kernels", "--tokens", "many"], "--tokens many"),
+    (["kernels", "--dropouts", "1"], "--dropouts 1"),
+    (["kernels", "--dropouts", "0,nan"], "--dropouts 0,nan"),
+    (["train", "--mode", "lora,lora"], "lora"),
+    (["train", "--mode", "full", "--rank", "4"], "--rank is an option of mode lora"),
+    (["train", "--tokens", "20", "--targets", "20"], "--targets 20"),
+    (["train", "--tokens", "1025"], "1024 positions"),
+    (["decode", "--new-tokens", "1"], "--new-tokens 1"),
+    (["decode", "--size", "gpt5"], "gpt5"),
+    ([], "train | decode | kernels"),
+    (["speed"], "train | decode | kernels"),
+]
+
+
+@pytest.mark.parametrize("arguments, said", WRONG)
+def test_mistakes_are_one_line(arguments: list[str], said: str) -> None:
+    ended = run(main, *arguments)
+    assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_row_beyond_the_positions_is_refused(tiny: None) -> None:
+    ended = run(main, "decode", "--size", "distilgpt2", "--prompt-tokens", "80", "--new-tokens", "60",
+                *ON_CPU)
+    assert ended.code == 2 and "of the model's 96 positions" in ended.err

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from packed import learned_from, logits, random_ids
 from torch import nn
 
 from minift.errors import UserError
 from minift.model.generate import generate, next_tokens
-from minift.model.gpt import GPT, IGNORE
+from minift.model.gpt import GPT
 
 # more rows than are attended together, and not by length
 PROMPTS = [[5, 17, 80], [1], [33, 2, 9, 61, 44, 7, 20], [90, 90], [61, 3, 19, 4, 11], [*range(40, 51)]]
@@ -17,6 +18,7 @@ PROMPTS = [[5, 17, 80], [1], [33, 2, 9, 61, 44, 7, 20], [90, 90], [61, 3, 19, 4,
 def soft_prompt(model: GPT, tokens: list[int]) -> GPT:
     """The model with a soft prompt made of real tokens' embeddings."""
     model.prompt = nn.Embedding.from_pretrained(model.wte.weight[tokens].detach().clone())
+    model.prompt_tokens = len(tokens)
     return model
 
 
@@ -24,7 +26,7 @@ def soft_prompt(model: GPT, tokens: list[int]) -> GPT:
 def without_cache(model: GPT, prompt: list[int], count: int) -> list[int]:
     ids = list(prompt)
     for _ in range(count):
-        ids.append(model.logits(model.hidden(torch.tensor([ids]))[0, -1]).argmax().item())
+        ids.append(logits(model, torch.tensor([ids]))[0, -1].argmax().item())
     return ids[len(prompt) :]
 
 
@@ -56,15 +58,13 @@ def test_a_batch_equals_one_by_one_without_a_cache(make_gpt: Callable, soft: lis
 def test_a_soft_prompt_of_real_tokens_is_a_prefix(make_gpt: Callable) -> None:
     tokens, model, plain = [11, 42, 7, 7], make_gpt(), make_gpt()
     soft_prompt(model, tokens)
-    ids = torch.randint(97, (3, 13), generator=torch.Generator().manual_seed(2))
+    ids = random_ids(97, 3, 13, seed=2)
     prefixed = torch.cat([torch.tensor(tokens).expand(3, -1), ids], 1)
     with torch.no_grad():
-        ours, wanted = model.logits(model.hidden(ids)), plain.logits(plain.hidden(prefixed))[:, 4:]
+        ours, wanted = logits(model, ids), logits(plain, prefixed)[:, 4:]
     assert torch.allclose(ours, wanted, atol=1e-5)
-    targets = ids.roll(-1, 1)
-    targets[:, -1], targets[0, :5] = IGNORE, IGNORE
-    behind = torch.cat([torch.full((3, 4), IGNORE), targets], 1)
-    assert torch.allclose(model.loss(ids, targets), plain.loss(prefixed, behind), rtol=1e-6)
+    batch, behind = model.pack(learned_from(ids, [6, 1, 1])), plain.pack(learned_from(prefixed, [10, 5, 5]))
+    assert torch.allclose(model.loss(batch), plain.loss(behind), rtol=1e-6)
     assert generate(model, PROMPTS, 30) == generate(plain, [tokens + prompt for prompt in PROMPTS], 30)
 
 
@@ -142,7 +142,7 @@ def test_stop_ends_its_row_alone_and_is_left_out(make_gpt: Callable, monkeypatch
 def test_context_limit(make_gpt: Callable) -> None:
     model = make_gpt()
     assert len(generate(model, [[1] * 90, [2]], 6)[0]) == 6
-    with pytest.raises(UserError, match="90 prompt tokens [+] 7 new ones pass the model's 96 positions"):
+    with pytest.raises(UserError, match="90 prompt tokens [+] 7 new ones exceed the model's 96 positions"):
         generate(model, [[1] * 90, [2]], 7)
     soft_prompt(model, [1, 2])
     assert len(generate(model, [[1] * 90], 4)[0]) == 4
@@ -189,3 +189,11 @@ def test_the_training_state_comes_back(make_gpt: Callable) -> None:
     model.train()
     assert generate(model, PROMPTS, 10) == calm  # no dropout while generating
     assert model.training
+
+
+def test_constant_parameters_end_with_the_text(make_gpt: Callable) -> None:
+    """A layer may keep what it derives while text is generated, and not a moment longer: it trains again then."""
+    model, calls = make_gpt(), []
+    model.h[1].mlp.c_fc.set_constant = calls.append
+    generate(model, PROMPTS, 3)
+    assert calls == [True, False]

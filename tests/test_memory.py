@@ -11,23 +11,23 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux",
 STEP = """
 import sys
 import torch
-import train
 from minift import modes
-from minift.data.dataset import Example, Pair
 from minift.device import peak_memory, reset_peak_memory, resident_memory
 from minift.model.gpt import GPT, GPTConfig
+from minift.model.packing import Row
+from minift.training import make_optimizer, train_step
 torch.set_num_threads(1)
 lengths, targets = eval(sys.argv[1]), int(sys.argv[2])
 model = GPT(GPTConfig(n_embd=64, n_layer=2, n_head=4))
 model.init_weights(0)
 modes.apply(model, "full", modes.MODES["full"].Options())
-optimizer = train.make_optimizer(model.train(), 1e-3, 0.0)
-batch = [Example(torch.randint(50257, (n,)).tolist(), max(1, n - targets), Pair("", "", "")) for n in lengths]
+optimizer = make_optimizer(model.train(), 1e-3, 0.0)
+batch = [Row(torch.randint(50257, (n,)).tolist(), ((max(1, n - targets), n),)) for n in lengths]
 device = torch.device("cpu")
 for step in range(2):
     reset_peak_memory(device)
     before = resident_memory(device)
-    loss, _ = train.train_step(model, [batch], 1.0)
+    loss, _ = train_step(model, [batch], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     assert 0 < loss < 20

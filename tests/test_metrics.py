@@ -1,8 +1,11 @@
-"""The scores against the rouge-score package, transformers' loss, and plain loops."""
+"""The scores against transformers' loss and plain loops; test_rouge.py has ROUGE's."""
 
+import copy
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,76 +18,7 @@ from minift.model.generate import generate
 from minift.model.gpt import GPT
 from minift.report import metrics
 
-WORDS = (
-    "the a cat dog Amanda baked cookies; will bring Jerry some tomorrow, don't can't it's 7pm U.S. a1b2 "
-    "e-mail 3.14 #tag _x_ I'll ... ! na\u00efve \u00dcber caf\u00e9 "
-    "\u4f60\u597d \U0001f600 \u0130stanbul \u2019s"
-).split()
-ODD = [
-    "",
-    " ",
-    "...",
-    "\n\n",
-    "a",
-    "A a A",
-    "the the the the",
-    "\u4f60\u597d",
-    "a\u00a0b",
-    "x\ty\nz",
-    "\u017f \u212a",
-]
-
-
-def texts(count: int) -> list[tuple[str, str]]:
-    """Pairs of texts that share much, little or nothing, in many lengths."""
-    chance = random.Random(0)
-    pairs = []
-    for _ in range(count):
-        reference = chance.choices(WORDS, k=chance.randrange(40))
-        prediction = [w for w in reference if chance.random() < 0.7] + chance.choices(
-            WORDS, k=chance.randrange(12)
-        )
-        if chance.random() < 0.3:
-            chance.shuffle(prediction)
-        pairs.append((" ".join(prediction), chance.choice([" ", "\n", "  ", "-"]).join(reference)))
-    return pairs + [(a, b) for a in ODD for b in ODD]
-
-
-def test_rouge_equals_the_package() -> None:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
-    nonzero = 0
-    for prediction, reference in texts(200):
-        wanted = {name: score.fmeasure for name, score in scorer.score(reference, prediction).items()}
-        assert metrics.rouge(prediction, reference) == pytest.approx(wanted, abs=1e-12), (
-            prediction,
-            reference,
-        )
-        nonzero += wanted["rouge1"] > wanted["rougeL"] > wanted["rouge2"] > 0
-    assert nonzero > 80
-
-
-def test_longest_common_subsequence_of_long_texts() -> None:
-    chance = random.Random(1)
-    for size in (1, 63, 64, 65, 200):
-        a, b = (chance.choices("abcde", k=size) for _ in range(2))
-        table = [[0] * (size + 1) for _ in range(size + 1)]
-        for i in range(size):
-            for j in range(size):
-                table[i + 1][j + 1] = (
-                    table[i][j] + 1 if a[i] == b[j] else max(table[i][j + 1], table[i + 1][j])
-                )
-        assert metrics.longest_common_subsequence(a, b) == table[-1][-1]
-
-
-def test_texts_are_scored_row_by_row() -> None:
-    scores = metrics.score_texts([" a b\n", "a c", ""], ["a b", "a d", "x"])
-    assert scores.exact_match == pytest.approx(1 / 3)
-    assert scores.rouge1 == scores.rougeL == pytest.approx((1 + 0.5 + 0) / 3)
-    assert scores.rouge2 == pytest.approx(1 / 3)
-    with pytest.raises(ValueError):
-        metrics.score_texts(["a"], ["a", "b"])
+EOS = 0
 
 
 def some_examples(count: int = 13, vocabulary: int = 97) -> list[Example]:
@@ -92,8 +26,24 @@ def some_examples(count: int = 13, vocabulary: int = 97) -> list[Example]:
     examples = []
     for i in range(count):
         ids = [chance.randrange(vocabulary) for _ in range(chance.randrange(3, 30))]
-        examples.append(Example(ids, chance.randrange(1, len(ids)), Pair("p", "c", f"rows.jsonl:{i}")))
+        spans = ((chance.randrange(1, len(ids)), len(ids)),)
+        examples.append(Example(ids, spans, Pair("p", "c", f"rows.jsonl:{i}")))
     return examples
+
+
+def test_texts_are_scored_row_by_row() -> None:
+    scores = metrics.score_texts([" a b\n", "a c", ""], ["a b", "a d", "x"])
+    assert scores["exact_match"] == pytest.approx(1 / 3)
+    assert scores["rouge1"] == scores["rougeL"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert scores["rouge2"] == pytest.approx(1 / 3)
+    with pytest.raises(ValueError):
+        metrics.score_texts(["a"], ["a", "b"])
+
+
+def test_references_without_words_have_no_rouge() -> None:
+    scores = metrics.score_texts([":-)", "!"], [":-)", "?"])
+    assert scores == {"exact_match": 0.5, "rouge1": None, "rouge2": None, "rougeL": None}
+    assert metrics.score_texts([":-)", "a"], [":-)", "a"])["rougeL"] == 0.5  # as the rouge-score package
 
 
 @torch.no_grad()
@@ -101,20 +51,32 @@ def test_losses_equal_transformers_row_by_row(make_reference: Callable, from_ref
     reference = make_reference()
     examples, loss, right, count = some_examples(), 0.0, 0, 0
     for example in examples:
+        begin = example.spans[0][0]
         example.ids[-1] = reference(torch.tensor([example.ids])).logits[0, -2].argmax().item()  # one is right
         ids = torch.tensor([example.ids])
         labels = ids.clone()
-        labels[:, : example.n_prompt] = -100
+        labels[:, :begin] = -100
         out = reference(ids, labels=labels)
-        targets = ids[0, example.n_prompt :]
+        targets = ids[0, begin:]
         loss += out.loss.item() * len(targets)
-        right += (out.logits[0, example.n_prompt - 1 : -1].argmax(-1) == targets).sum().item()
+        right += (out.logits[0, begin - 1 : -1].argmax(-1) == targets).sum().item()
         count += len(targets)
     found = [metrics.measure_losses(from_reference(reference), examples, batch) for batch in (1, 4, 100)]
     for losses in found:
-        assert losses.loss == pytest.approx(loss / count, rel=1e-5)
-        assert losses.perplexity == pytest.approx(math.exp(loss / count), rel=1e-4)
-        assert losses.token_accuracy == pytest.approx(right / count) and 0 < right < count
+        assert losses["loss"] == pytest.approx(loss / count, rel=1e-5)
+        assert losses["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
+        assert losses["token_accuracy"] == pytest.approx(right / count) and 0 < right < count
+
+
+@torch.no_grad()
+def test_each_span_of_a_row_counts(make_gpt: Callable) -> None:
+    model = make_gpt()
+    ids = some_examples(1)[0].ids + list(range(20))
+    both = Example(ids, ((2, 5), (9, 14)), Pair("p", "c", "rows.jsonl:1"))
+    logits = model.logits(model.hidden(model.pack([both])))  # (N, V)
+    scores = logits.log_softmax(-1)
+    expected = [-scores[i - 1, ids[i]].item() for i in [*range(2, 5), *range(9, 14)]]
+    assert metrics.measure_losses(model, [both], 1)["loss"] == pytest.approx(sum(expected) / 8, rel=1e-5)
 
 
 def test_measuring_leaves_the_model_as_it_was(make_gpt: Callable) -> None:
@@ -133,84 +95,131 @@ def test_perplexity_of_a_hopeless_model_is_infinite() -> None:
 
 
 @pytest.fixture
-def speaker(make_gpt: Callable, tokenizer: Any) -> GPT:
-    model = make_gpt(vocab_size=320, eos_token_id=0)
-    model.tokenizer = tokenizer
-    return model
+def speaker(make_gpt: Callable) -> GPT:
+    return make_gpt(vocab_size=320, eos_token_id=EOS)
 
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
-def test_completions_keep_their_order(speaker: GPT, batch: int) -> None:
+def test_completions_keep_their_order(speaker: GPT, tokenizer: Any, batch: int,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "DECODE_BATCH", batch)
     examples = some_examples(vocabulary=320)
     wanted = []
     for example in examples:
-        new = generate(speaker, [example.ids[: example.n_prompt]], 6, stop=0)[0]
-        wanted.append(speaker.tokenizer.decode(new).strip())
+        new = generate(speaker, [example.ids[: example.spans[0][0]]], 6, stop=EOS)[0]
+        wanted.append(tokenizer.decode(new).strip())
     assert len(set(wanted)) > 3
-    assert metrics.write_completions(speaker, examples, 6, batch) == wanted
+    assert metrics.write_completions(speaker, tokenizer, EOS, examples, 6)[0] == wanted
 
 
-def test_a_prompt_without_room_loses_its_beginning(speaker: GPT) -> None:
-    speaker.prompt = torch.nn.Embedding(10, 24)
+def set_soft_prompt(model: GPT, weight: torch.Tensor) -> None:
+    model.prompt = torch.nn.Embedding.from_pretrained(weight)
+    model.prompt_tokens = len(weight)
+
+
+def test_a_prompt_without_room_loses_its_beginning(speaker: GPT, tokenizer: Any) -> None:
+    set_soft_prompt(speaker, torch.randn(10, 24))
     ids = [i % 300 + 1 for i in range(96)]
-    long = Example(ids, 95, Pair("p", "c", "rows.jsonl:1"))
-    wanted = generate(speaker, [ids[95 - 66 : 95]], 20, stop=0)[
-        0
-    ]  # 96 positions - 10 of the prompt - 20 new ones
-    assert metrics.write_completions(speaker, [long], 20, 1) == [speaker.tokenizer.decode(wanted).strip()]
+    long = Example(ids, ((95, 96),), Pair("p", "c", "rows.jsonl:1"))
+    # 96 positions - 10 of the prompt - 20 new ones
+    expected = generate(speaker, [ids[95 - 66 : 95]], 20, stop=EOS)[0]
+    texts, counts = metrics.write_completions(speaker, tokenizer, EOS, [long], 20)
+    assert texts == [tokenizer.decode(expected).strip()] and counts["prompts_shortened"] == 1
     with pytest.raises(UserError, match="--max-new-tokens 86 leaves no room for a prompt"):
-        metrics.write_completions(speaker, [long], 86, 1)
+        metrics.write_completions(speaker, tokenizer, EOS, [long], 86)
+
+
+def test_rows_of_text_alone_are_not_completed(speaker: GPT, tokenizer: Any) -> None:
+    text = Example([5, 6, 7, EOS], ((1, 4),), Pair("", "text", "rows.jsonl:1"))
+    pair = Example([5, 6, 7, EOS], ((1, 4),), Pair("p", "c", "rows.jsonl:2"))
+    alone = metrics.score(speaker, tokenizer, EOS, [text], 2, 4, None)
+    assert alone["exact_match"] is alone["rougeL"] is None and alone["completions"] == [""] and alone["loss"] > 0
+    both = metrics.score(speaker, tokenizer, EOS, [text, pair], 2, 4, None)
+    one = metrics.score(speaker, tokenizer, EOS, [pair], 2, 4, None)
+    assert both["completions"] == ["", *one["completions"]] and both["rougeL"] == one["rougeL"]
+
+
+def test_what_a_limit_cut_is_counted_and_said(speaker: GPT, tokenizer: Any,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair("p", "c", "rows.jsonl:1")
+    fits = Example([5, 6, 7, 8, EOS], ((2, 5),), pair)  # the completion has two tokens and end-of-text
+    at_limit = replace(fits, ids=[5, 6, 7, 8, 9, EOS], spans=((2, 6),))
+    over = replace(fits, ids=[5, 6, 7, 8, 9, 10, EOS], spans=((2, 7),))
+    unended = replace(fits, ids=[5, 6, 7, 8, 9, 10], spans=((2, 6),))  # cut before its end-of-text
+    long_prompt = replace(fits, ids=[5] * 94 + [7, EOS], spans=((94, 96),))  # 96 - 3 positions are left
+    rows = [fits, at_limit, over, unended, long_prompt]
+    written = {1: [7], 2: [7, 8, 9], 93: [7, 8, 9]}  # by the length of the prompt
+    rows[0] = replace(fits, ids=fits.ids[1:], spans=((1, 4),))
+    monkeypatch.setattr(metrics, "generate",
+                        lambda model, prompts, limit, stop: [written[len(prompt)] for prompt in prompts])
+    scores = metrics.score(speaker, tokenizer, EOS, rows, 2, 3, None)
+    counts = {name: scores[name] for name in
+              ("completions_at_limit", "references_over_limit", "prompts_shortened")}
+    assert counts == {"completions_at_limit": 4, "references_over_limit": 2, "prompts_shortened": 1}
+    lines = metrics.limit_report(scores, 3)
+    assert len(lines) == 3 and lines[0].startswith("4 of 5 completions were cut")
+    assert "2 of 5 references are longer" in lines[1] and "1 of 5 prompts were shortened" in lines[2]
+    assert metrics.limit_report(scores | dict.fromkeys(counts, 0), 3) == []
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("soft", [0, 7])
-def test_general_loss_equals_a_plain_loop(speaker: GPT, soft: int) -> None:
-    text = "The landlord called after lunch, and the fridge is broken again. " * 9
-    ids = speaker.tokenizer.encode(text).ids
+def test_the_loss_of_a_text_equals_a_plain_loop(speaker: GPT, tokenizer: Any, soft: int) -> None:
+    ids = tokenizer.encode("The landlord called after lunch, and the fridge is broken again. " * 9).ids
     assert len(ids) % 48 > 1 and len(ids) > 3 * 48
-    prefix = torch.empty(0, dtype=torch.long)
-    if soft:
-        prefix = torch.arange(3, 3 + soft)
+    prefix = list(range(3, 3 + soft))
     loss, count = 0.0, 0
     for start in range(0, len(ids), 48):  # half of 96 positions
         window = ids[start : start + 49]
-        row = torch.cat([prefix, torch.tensor(window)])[None]
-        scores = speaker.logits(speaker.hidden(row))[0, soft:].log_softmax(-1)
+        states = speaker.hidden(speaker.pack([metrics.text_row([*prefix, *window, EOS])]))
+        scores = speaker.logits(states)[soft:].log_softmax(-1)
         for i, token in enumerate(window[1:]):
             loss -= scores[i, token].item()
             count += 1
     assert count == len(ids) - 1  # each token but the first is scored, once
     if soft:
-        speaker.prompt = torch.nn.Embedding.from_pretrained(speaker.wte.weight[prefix].clone())
+        set_soft_prompt(speaker, speaker.wte.weight[prefix].clone())
+    rows = metrics.text_windows(ids, 96, soft)
+    assert rows == metrics.text_windows(ids, 96, 0)  # base and tuned model read the same
     for batch in (1, 3, 100):
-        assert metrics.general_loss(speaker, text, batch) == pytest.approx(loss / count, rel=1e-5)
+        assert metrics.measure_losses(speaker, rows, batch)["loss"] == pytest.approx(loss / count, rel=1e-5)
+
+
+def test_a_file_of_general_text(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])  # a text has it between its documents
+    file = tmp_path / "general.txt"
+    file.write_text("The fridge is broken. <|endoftext|>" * 9, encoding="utf-8")
+    ids = tokenizer.encode("The fridge is broken. <|endoftext|>" * 9).ids
+    rows = metrics.load_general_rows(file, tokenizer, 96, 0)
+    assert rows == metrics.text_windows(ids, 96, 0) and len(rows) > 1 and rows[0].ids.count(EOS) > 1
     for nothing in ("", "a"):
-        with pytest.raises(UserError, match="fewer than two tokens"):
-            metrics.general_loss(speaker, nothing, 2)
+        file.write_text(nothing, encoding="utf-8")
+        with pytest.raises(UserError, match="general.txt has fewer than two tokens"):
+            metrics.load_general_rows(file, tokenizer, 96, 0)
 
 
-def test_general_loss_behind_a_long_soft_prompt(speaker: GPT) -> None:
+def test_the_loss_of_a_text_behind_a_long_soft_prompt(speaker: GPT, tokenizer: Any) -> None:
     """A soft prompt of more than half the positions leaves less than a window, and must not end a run."""
-    speaker.prompt = torch.nn.Embedding(60, 24)
-    assert metrics.general_loss(speaker, "The landlord called after lunch. " * 20, 4) > 0
+    set_soft_prompt(speaker, torch.randn(60, 24))
+    ids = tokenizer.encode("The landlord called after lunch. " * 20).ids
+    rows = metrics.text_windows(ids, 96, 60)
+    assert max(len(row.ids) for row in rows) == 37
+    assert metrics.measure_losses(speaker, rows, 4)["loss"] > 0
 
 
-def test_all_scores_stand_under_their_names(speaker: GPT) -> None:
+def test_all_scores_stand_under_their_names(speaker: GPT, tokenizer: Any) -> None:
     examples = some_examples(5, vocabulary=320)
-    scores = metrics.score(speaker, examples, 2, 4, "The fridge is broken")
+    general_rows = metrics.text_windows(tokenizer.encode("The fridge is broken").ids, 96, 0)
+    scores = metrics.score(speaker, tokenizer, EOS, examples, 2, 4, general_rows)
     losses = metrics.measure_losses(speaker, examples, 100)
-    assert scores["loss"] == pytest.approx(losses.loss) and scores["token_accuracy"] == losses.token_accuracy
-    assert scores["general_loss"] == metrics.general_loss(speaker, "The fridge is broken", 2)
+    assert scores["loss"] == pytest.approx(losses["loss"])
+    assert scores["token_accuracy"] == losses["token_accuracy"]
+    assert scores["general_loss"] == metrics.measure_losses(speaker, general_rows, 2)["loss"]
     assert set(scores) == {
-        "loss",
-        "perplexity",
-        "token_accuracy",
-        "exact_match",
-        "rouge1",
-        "rouge2",
-        "rougeL",
-        "general_loss",
-        "completions",
+        "loss", "perplexity", "token_accuracy", "exact_match", "rouge1", "rouge2", "rougeL", "general_loss",
+        "completions", "completions_at_limit", "prompts_shortened", "references_over_limit",
     }
-    assert scores["completions"] == metrics.write_completions(speaker, examples, 4, 2)
-    assert metrics.score(speaker, examples, 2, 4, None)["general_loss"] is None
+    completions, counts = metrics.write_completions(speaker, tokenizer, EOS, examples, 4)
+    assert scores["completions"] == completions and scores.items() >= counts.items()
+    assert metrics.score(speaker, tokenizer, EOS, examples, 2, 4, None)["general_loss"] is None

@@ -1,6 +1,5 @@
 """The model against transformers' GPT-2, and what its hidden states and loss promise."""
 
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -8,16 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from packed import hidden, learned_from, logits, random_ids, without_targets
 from torch import nn
 
-import minift.model.gpt
 from minift.errors import UserError
 from minift.files import weights
 from minift.files.weights import CONV1D
-from minift.model.gpt import GPT, IGNORE, GPTConfig
-from minift.ops import cross_entropy as loss
+from minift.model.generate import generate
+from minift.model.gpt import GPT, GPTConfig, Linear
+from minift.model.packing import Batch, Row
+from minift.report.metrics import measure_losses
+from minift.training import train_step
 
-GPT2 = {"model_type": "gpt2"}
 SWITCHES: dict[str, dict[str, Any]] = {
     "three heads": {},
     "five heads, narrow MLP": dict(vocab_size=61, eos_token_id=0, n_embd=40, n_head=5, n_layer=2, n_inner=56),
@@ -32,17 +33,13 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_ids(model: GPT, rows: int, tokens: int) -> torch.Tensor:
-    return torch.randint(model.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(1))
+def ids_for(model: GPT, rows: int, tokens: int) -> torch.Tensor:
+    return random_ids(model.config.vocab_size, rows, tokens)
 
 
-def some_targets(ids: torch.Tensor) -> torch.Tensor:
-    """The next tokens, of which each row learns another stretch."""
-    targets = ids.roll(-1, dims=1)
-    targets[:, -1] = IGNORE
-    for row in range(len(ids)):
-        targets[row, : 3 + row] = IGNORE
-    return targets
+def some_rows(ids: torch.Tensor) -> list[Row]:
+    """Each row learns another stretch, up to its end."""
+    return learned_from(ids, range(4, 4 + len(ids)))
 
 
 @pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES)
@@ -52,10 +49,10 @@ def test_logits_equal_transformers(
 ) -> None:
     reference = make_reference(**changes)
     model = from_reference(reference)
-    ids = random_ids(model, 3, 17)
+    ids = ids_for(model, 3, 17)
     wanted = reference(ids).logits
     assert wanted.std() > 0.5  # else a tolerance of 1e-4 would say little
-    assert (model.logits(model.hidden(ids)) - wanted).abs().max() < 1e-4
+    assert (logits(model, ids) - wanted).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -65,23 +62,23 @@ def test_logits_of_a_real_folder_equal_transformers() -> None:
         pytest.skip("MINIFT_GPT2_FOLDER does not name a GPT-2 folder")
     from transformers import GPT2LMHeadModel
 
-    model, reference = weights.load(folder).eval(), GPT2LMHeadModel.from_pretrained(folder).float().eval()
-    ids = random_ids(model, 2, 37)
-    assert (model.logits(model.hidden(ids)) - reference(ids).logits).abs().max() < 1e-4
+    model, reference = weights.load(folder).model.eval(), GPT2LMHeadModel.from_pretrained(folder).float().eval()
+    ids = ids_for(model, 2, 37)
+    assert (logits(model, ids) - reference(ids).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("chunk", [512, 7])
+@pytest.mark.parametrize("shape", [(3, 17), (9, 90)])  # of the second, the vocabulary sees several chunks
 def test_loss_and_gradients_equal_transformers(
-    make_reference: Callable, from_reference: Callable, monkeypatch: pytest.MonkeyPatch, chunk: int
+    make_reference: Callable, from_reference: Callable, shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK", chunk)
     reference = make_reference()
     model = from_reference(reference)
-    ids = random_ids(model, 3, 17)
-    targets = some_targets(ids)
-    labels = torch.cat([torch.full((3, 1), IGNORE), targets[:, :-1]], dim=1)  # shifted again there
-    wanted = reference(ids, labels=labels).loss * (targets != IGNORE).sum()
-    ours = model.loss(ids, targets)
+    ids = ids_for(model, *shape)
+    rows, labels = some_rows(ids), ids.clone()  # transformers shifts the labels itself
+    for row, label in zip(rows, labels, strict=True):
+        label[: row.spans[0][0]] = -100
+    wanted = reference(ids, labels=labels).loss * sum(row.num_targets for row in rows)
+    ours = model.loss(model.pack(rows))
     assert torch.allclose(ours, wanted, rtol=1e-5)
     (wanted / 7).backward()
     (ours / 7).backward()
@@ -96,23 +93,12 @@ def test_loss_without_a_target_is_zero(make_gpt: Callable, dtype: torch.dtype) -
     """As on a rank that an uneven last batch leaves without rows: no token passes the last block's MLP."""
     model = make_gpt()
     model.set_compute_dtype(dtype)
-    ids = random_ids(model, 2, 5)
-    loss = model.loss(ids, torch.full_like(ids, IGNORE))
+    batch = without_targets(model, ids_for(model, 2, 5))
+    loss = model.loss(batch)
     loss.backward()
     assert loss.item() == 0 and not any(p.grad.any() for p in model.parameters())
-    assert model.logits(model.hidden(ids)[0, :0]).shape == (0, model.config.vocab_size)
-
-
-@torch.no_grad()
-def test_padding_on_the_right_changes_nothing(make_gpt: Callable) -> None:
-    model = make_gpt()
-    ids = random_ids(model, 2, 11)
-    targets = some_targets(ids)
-    padded = F.pad(ids, (0, 6), value=5)
-    assert torch.allclose(model.hidden(padded)[:, :11], model.hidden(ids), atol=1e-5)
-    padded_targets = F.pad(targets, (0, 6), value=IGNORE)
-    assert torch.allclose(model.loss(padded, padded_targets), model.loss(ids, targets))
-    assert torch.allclose(model.loss(padded, padded_targets, [11, 11]), model.loss(ids, targets))
+    none = model.hidden(batch, batch.target_positions)
+    assert model.logits(none).shape == (0, model.config.vocab_size)
 
 
 @pytest.mark.parametrize("soft", [0, 5])
@@ -120,43 +106,113 @@ def test_ragged_rows_give_what_each_row_gives_alone(make_gpt: Callable, soft: in
     """Loss and every gradient; lengths on both sides of every rounding, and prompts of all lengths."""
     model = make_gpt(n_positions=96)
     if soft:
-        model.prompt = nn.Embedding(soft, model.config.n_embd)
+        model.prompt, model.prompt_tokens = nn.Embedding(soft, model.config.n_embd), soft
     lengths = [1, 15, 16, 17, 40, 91]
-    ids, targets = random_ids(model, 6, 91), torch.full((6, 91), IGNORE)
-    for row, n in enumerate(lengths):
-        targets[row, n // 2 : n] = ids[row, n // 2 : n].flip(0)
-    together = model.loss(ids, targets, lengths)
+    ids = ids_for(model, 6, 92).tolist()
+    rows = [Row(ids[i][: n + 1], ((n // 2 + 1, n + 1),)) for i, n in enumerate(lengths)]
+    together = model.loss(model.pack(rows))
     together.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    alone = sum(model.loss(ids[row : row + 1, :n], targets[row : row + 1, :n])
-                for row, n in enumerate(lengths))
+    alone = sum(model.loss(model.pack([row])) for row in rows)
     alone.backward()
     assert together.item() == pytest.approx(alone.item(), rel=1e-5)
     for name, p in model.named_parameters():
         assert (found[name] - p.grad).norm() <= 1e-4 * p.grad.norm(), name
 
 
-def test_only_targets_meet_the_vocabulary(make_gpt: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_gpt()
-    seen, head_loss = [], minift.model.gpt.head_loss
-    monkeypatch.setattr(
-        minift.model.gpt,
-        "head_loss",
-        lambda hidden, *rest: seen.append(hidden.shape) or head_loss(hidden, *rest),
-    )
-    ids = random_ids(model, 3, 17)
-    targets = some_targets(ids)
-    model.loss(ids, targets)
-    count = (targets != IGNORE).sum().item()
+def test_only_targets_meet_the_vocabulary(make_gpt: Callable) -> None:
+    """The last norm's output is the head's input."""
+    model, seen = make_gpt(), []
+    model.ln_f.register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
+    rows = some_rows(ids_for(model, 3, 17))
+    model.loss(model.pack(rows))
+    count = sum(row.num_targets for row in rows)
     assert seen == [(count + -count % 64, model.config.n_embd)]
+
+
+def test_checkpointing_changes_no_gradient(make_gpt: Callable) -> None:
+    model = make_gpt().train()
+    batch, gradients = model.pack(some_rows(ids_for(model, 3, 17))), []
+    for model.checkpoint in (False, True):
+        model.zero_grad()
+        model.loss(batch).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class RowScale(Linear):
+    """A layer that multiplies each row's outputs by that row's own factor."""
+
+    def __init__(self, base: Linear, factors: torch.Tensor):
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight, self.bias, self.factors = base.weight, base.bias, factors
+
+    def set_rows(self, row_ids: torch.Tensor, positions: torch.Tensor) -> None:
+        self.row_ids = row_ids
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.factors[self.row_ids, None]
+
+
+@pytest.mark.parametrize("layer", ["h.0.attn.c_attn", "h.2.mlp.c_fc"])
+def test_a_layer_can_differ_from_row_to_row(make_gpt: Callable, layer: str) -> None:
+    """In a batch each row gives what it gives alone with its factor, in training and in decoding; in the last
+    block's MLP too, which otherwise sees the targets alone."""
+    factors = torch.tensor([0.5, 1.0, 1.5, -1.0, 2.0])
+    prompts = [[5, 17, 80], [1], [33, 2, 9, 61, 44, 7, 20], [90, 90], [61, 3, 19, 4, 11]]
+    rows = [Row([*prompt, *range(10 + i, 20)], ((len(prompt), len(prompt) + 4),))
+            for i, prompt in enumerate(prompts)]
+
+    def build(some: torch.Tensor) -> GPT:
+        model = make_gpt()
+        parent, _, name = layer.rpartition(".")
+        scaled = RowScale(model.get_submodule(layer), some)
+        setattr(model.get_submodule(parent), name, scaled)
+        model.per_row_layers.append(scaled)
+        return model
+
+    together = build(factors)
+    loss = together.loss(together.pack(rows))
+    loss.backward()
+    alone, gradient, texts = 0.0, 0.0, []
+    for i, row in enumerate(rows):
+        model = build(factors[i : i + 1])
+        model.loss(model.pack([row])).backward()
+        alone += model.loss(model.pack([row])).item()
+        gradient += model.wpe.weight.grad
+        texts += generate(model, [prompts[i]], 12)
+    assert loss.item() == pytest.approx(alone, rel=1e-5)
+    assert torch.allclose(together.wpe.weight.grad, gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max())
+    assert generate(together, prompts, 12) == texts != generate(make_gpt(), prompts, 12)
+
+
+class SmoothedGPT(GPT):
+    """Label smoothing (Szegedy et al. 2016), the whole change of objective: one method."""
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        logits = self.logits(self.hidden(batch, batch.target_positions))
+        return F.cross_entropy(logits, batch.targets, label_smoothing=0.3, reduction="sum")
+
+
+def test_another_objective_changes_training_alone(make_gpt: Callable) -> None:
+    """Validation and forgetting keep their meaning: they do not use `loss`."""
+    model = make_gpt()
+    rows = some_rows(ids_for(model, 4, 17))
+    batch, before = model.pack(rows), measure_losses(model, rows, batch=2)
+    plain = model.loss(batch).item()
+    model.__class__ = SmoothedGPT
+    smoothed, _ = train_step(model, [rows], clip=1.0)
+    assert smoothed == pytest.approx(model.loss(batch).item() / len(batch.targets), rel=1e-6)
+    assert abs(model.loss(batch).item() - plain) > 1e-3 * plain
+    assert measure_losses(model, rows, batch=2) == before
 
 
 def test_gradients_flow_only_where_they_are_asked_for(make_gpt: Callable) -> None:
     model = make_gpt().requires_grad_(False)
     model.h[1].mlp.c_fc.bias.requires_grad_(True)
-    ids = random_ids(model, 2, 9)
-    model.loss(ids, some_targets(ids)).backward()
+    ids = ids_for(model, 2, 9)
+    model.loss(model.pack(some_rows(ids))).backward()
     touched = [name for name, p in model.named_parameters() if p.grad is not None]
     assert touched == ["h.1.mlp.c_fc.bias"]
     assert model.h[1].mlp.c_fc.bias.grad.abs().min() > 0
@@ -165,8 +221,8 @@ def test_gradients_flow_only_where_they_are_asked_for(make_gpt: Callable) -> Non
 @torch.no_grad()
 def test_bf16_stays_close_to_fp32_and_keeps_tuned_parameters_in_fp32(make_gpt: Callable) -> None:
     model = make_gpt()
-    ids = random_ids(model, 3, 17)
-    exact = model.hidden(ids)
+    ids = ids_for(model, 3, 17)
+    exact = hidden(model, ids)
     model.requires_grad_(False)
     last = model.h[2]
     tuned = [model.wte.weight, last.ln_1.weight, last.attn.c_attn.weight, last.mlp.c_fc.bias]
@@ -175,7 +231,7 @@ def test_bf16_stays_close_to_fp32_and_keeps_tuned_parameters_in_fp32(make_gpt: C
     model.set_compute_dtype(torch.bfloat16)
     assert {id(p) for p in model.parameters() if p.dtype == torch.float32} == {id(p) for p in tuned}
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
-    close = model.hidden(ids)
+    close = hidden(model, ids)
     assert close.dtype == torch.bfloat16 and model.logits(close).dtype == torch.float32
     error = (close.float() - exact).norm() / exact.norm()
     assert 1e-4 < error < 0.03
@@ -184,13 +240,13 @@ def test_bf16_stays_close_to_fp32_and_keeps_tuned_parameters_in_fp32(make_gpt: C
 @torch.no_grad()
 def test_dropout_acts_in_training_alone(make_gpt: Callable) -> None:
     model = make_gpt()
-    ids = random_ids(model, 2, 9)
-    without = model.hidden(ids)
+    ids = ids_for(model, 2, 9)
+    without = hidden(model, ids)
     model.dropout = 0.3
-    assert torch.equal(model.hidden(ids), without)
+    assert torch.equal(hidden(model, ids), without)
     model.train()
     torch.manual_seed(0)
-    first, second = model.hidden(ids), model.hidden(ids)
+    first, second = hidden(model, ids), hidden(model, ids)
     assert not torch.allclose(first, without, atol=0.1) and not torch.allclose(first, second, atol=0.1)
 
 
@@ -210,10 +266,10 @@ def test_dropout_acts_in_each_of_gpt2s_places(make_gpt: Callable, place: str) ->
         for parameter in module.parameters():
             parameter.zero_()
     torch.manual_seed(0)
-    ids, results = random_ids(model, 2, 9), []
+    ids, results = ids_for(model, 2, 9), []
     for _ in range(2):
-        hidden = model.hidden(ids)
-        results.append(spy.seen if place == "attention" else hidden)
+        states = hidden(model, ids)
+        results.append(spy.seen if place == "attention" else states)
     assert not torch.allclose(*results, atol=1e-3)
 
 
@@ -225,13 +281,13 @@ class _Spy(nn.Module):
 
 def test_context_limit(make_gpt: Callable) -> None:
     model = make_gpt()
-    model.hidden(random_ids(model, 1, 96))
+    hidden(model, ids_for(model, 1, 96))
     with pytest.raises(UserError, match="97 tokens do not fit into the model's 96 positions"):
-        model.hidden(random_ids(model, 1, 97))
-    model.prompt = nn.Embedding(10, model.config.n_embd)
-    assert model.hidden(random_ids(model, 1, 86)).shape == (1, 86, 24)
+        hidden(model, ids_for(model, 1, 97))
+    model.prompt, model.prompt_tokens = nn.Embedding(10, model.config.n_embd), 10
+    assert hidden(model, ids_for(model, 1, 86)).shape == (1, 86, 24)
     with pytest.raises(UserError, match="87 tokens and 10 of the soft prompt"):
-        model.hidden(random_ids(model, 1, 87))
+        hidden(model, ids_for(model, 1, 87))
 
 
 def test_init_weights_is_gpt2s_start() -> None:
@@ -248,55 +304,13 @@ def test_init_weights_is_gpt2s_start() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_a_configuration_of_transformers_is_read_whole(make_reference: Callable) -> None:
-    reference = make_reference(n_inner=40, layer_norm_epsilon=0.25)
-    raw = json.loads(reference.config.to_json_string(use_diff=False))
-    config = GPTConfig.from_json(raw, "config.json")
-    assert config == GPTConfig(
-        vocab_size=97,
-        n_positions=96,
-        n_embd=24,
-        n_layer=3,
-        n_head=3,
-        n_inner=40,
-        layer_norm_epsilon=0.25,
-        eos_token_id=96,
-    )
-    assert config.mlp_width == 40 and GPTConfig().mlp_width == 3072
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"model_type": None}, "model_type is None"),
-        ({"activation_function": "mish"}, "activation_function 'mish' is not known here; known: gelu_new"),
-        ({"n_embd": 770}, "n_embd 770 is not a multiple of n_head 12"),
-        ({"n_embd": "768"}, "n_embd is '768'"),
-        ({"n_layer": 0}, "n_layer is 0"),
-        ({"n_layer": True}, "n_layer is True"),
-        ({"n_head": -1}, "n_head is -1"),
-        ({"n_inner": 0}, "n_inner is 0"),
-        ({"n_positions": 1.5}, "n_positions is 1.5"),
-        ({"vocab_size": None}, "vocab_size is None"),
-        ({"vocab_size": 100}, "eos_token_id 50256 lies outside the vocabulary of 100 tokens"),
-        ({"eos_token_id": -1}, "eos_token_id is -1"),
-        ({"layer_norm_epsilon": "tiny"}, "layer_norm_epsilon is 'tiny'"),
-        ({"layer_norm_epsilon": -1.0}, "layer_norm_epsilon is -1.0"),
-        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
-        ({"scale_attn_weights": 1}, "scale_attn_weights is 1"),
-        ({"activation_function": ["relu"]}, "activation_function is "),
-        ({"add_cross_attention": True}, "add_cross_attention is set"),
-    ],
-)
-def test_what_is_not_gpt2_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        GPTConfig.from_json(GPT2 | changes, "x/config.json")
-    assert str(caught.value).startswith("x/config.json: ") and message in str(caught.value)
-
-
-def test_hidden_leaves_the_soft_prompts_states_out(make_gpt: Callable) -> None:
-    model = make_gpt()
-    model.prompt = nn.Embedding(4, model.config.n_embd)
-    assert model.prompt_tokens == 4
-    assert model.hidden(random_ids(model, 2, 7)).shape == (2, 7, model.config.n_embd)
+def test_training_a_shared_copy_leaves_the_base_as_it_is(make_gpt: Callable) -> None:
+    base = make_gpt()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    tuned = base.shared_copy()
+    tuned.requires_grad_(True)
+    tuned.set_compute_dtype(torch.float32)  # the dtype that they have already
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 1
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())

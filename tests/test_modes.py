@@ -1,30 +1,27 @@
-"""The tuning modes: exact counts, identities, what trains, what is refused, and a newcomer's own mode."""
+"""The tuning modes: exact counts, identities, what trains, and what is refused."""
 
-import itertools
-import json
 import math
-import os
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packed import learned_from, packed_rows, random_ids
+from packed import logits as logits_of
+from scripts import MODES
 from torch import Tensor
 
 from minift import modes
 from minift.errors import UserError
 from minift.files import weights
+from minift.files.weights import Base
 from minift.model.generate import generate
-from minift.model.gpt import GPT, IGNORE, GPTConfig
+from minift.model.gpt import GPT, GPTConfig
+from minift.model.packing import Batch
 from minift.modes import lora, prompt, selective
-from minift.ops.attention import Rows
+from minift.options import check_bounds
 
-ROOT = Path(__file__).parent.parent
 SIZES = {
     "S": GPTConfig(n_embd=768, n_layer=12, n_head=12),
     "M": GPTConfig(n_embd=1024, n_layer=24, n_head=16),
@@ -32,26 +29,26 @@ SIZES = {
     "XL": GPTConfig(n_embd=1600, n_layer=48, n_head=25),
 }
 EVERY = [  # each mode in several forms: what holds for all modes is tested on all of these
-    ("full", {}),
-    ("selective", {"train": "top:1,norm"}),
+    *((mode, small.options) for mode, small in MODES.items()),
     ("selective", {"train": "embeddings"}),
-    ("lora", {"rank": 2, "alpha": 5.0, "targets": "q,v"}),
     ("lora", {"rank": 3, "targets": "all", "dropout": 0.1, "scaling": "rslora"}),
     ("lora", {"rank": 3, "targets": "qkv,proj"}),
-    ("prompt", {"prompt_tokens": 3}),
     ("prompt", {"prompt_tokens": 2, "prompt_init": "noise"}),
-    ("adapter", {"bottleneck": 5}),
     ("adapter", {"bottleneck": 4, "placement": "pfeiffer", "adapter_norms": True}),
 ]
-EVERY_MODE = pytest.mark.parametrize("mode, own", EVERY, ids=[f"{m} {list(o.values())}" for m, o in EVERY])
+EVERY_MODE = pytest.mark.parametrize("mode, options", EVERY, ids=[f"{m} {list(o.values())}" for m, o in EVERY])
 
 
 def test_every_mode_of_the_registry_is_tested() -> None:
-    assert {mode for mode, _ in EVERY} == set(modes.MODES)
+    assert set(MODES) == set(modes.MODES)
+    assert all(name == mode.name for name, mode in modes.MODES.items())
 
 
-def apply(model: GPT, mode: str, own: dict[str, Any]) -> GPT:
-    modes.apply(model, mode, modes.MODES[mode].Options(**own))
+def apply(model: GPT, mode: str, changes: dict[str, Any]) -> GPT:
+    """As a run does: the options' bounds are checked first."""
+    options = modes.MODES[mode].Options(**changes)
+    check_bounds(options)
+    modes.apply(model, mode, options)
     return model
 
 
@@ -65,18 +62,17 @@ def disturb(model: GPT, seed: int = 7) -> GPT:
 
 
 def some_ids(rows: int = 3, tokens: int = 11) -> Tensor:
-    return torch.randint(97, (rows, tokens), generator=torch.Generator().manual_seed(5))
+    return random_ids(97, rows, tokens, seed=5)
 
 
-def some_targets(ids: Tensor) -> Tensor:
-    targets = ids.roll(-1, 1)
-    targets[:, -1], targets[0, :4] = IGNORE, IGNORE
-    return targets
+def some_batch(model: GPT, ids: Tensor) -> Batch:
+    """The first row learns from its sixth token on, the others everything."""
+    return model.pack(learned_from(ids, [5, *[1] * (len(ids) - 1)]))
 
 
 @torch.no_grad()
-def logits(model: GPT, ids: Tensor | None = None) -> Tensor:
-    return model.logits(model.hidden(some_ids() if ids is None else ids))
+def logits(model: GPT) -> Tensor:
+    return logits_of(model, some_ids())
 
 
 COUNTS: dict[tuple[str, ...], tuple[int, int, int, int]] = {
@@ -110,13 +106,13 @@ COUNTS: dict[tuple[str, ...], tuple[int, int, int, int]] = {
 def test_counts_are_exact(what: tuple[str, ...]) -> None:
     """GPT-2's four sizes, without memory for their weights."""
     mode, *settings = what
-    own: dict[str, Any] = dict(setting.split("=") for setting in settings)
-    own = {name: int(value) if value.isdigit() else value for name, value in own.items()}
+    options: dict[str, Any] = dict(setting.split("=") for setting in settings)
+    options = {name: int(value) if value.isdigit() else value for name, value in options.items()}
     counts = []
     for config in SIZES.values():
         with torch.device("meta"):
             model = GPT(config)
-        tuned = modes.tuned_parameters(apply(model, mode, own))
+        tuned = modes.tuned_parameters(apply(model, mode, options))
         counts.append(sum(parameter.numel() for parameter in tuned.values()))
     assert tuple(counts) == COUNTS[what]
 
@@ -175,29 +171,33 @@ def test_each_target_adapts_its_own_rows(make_gpt: Callable) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode, own", [case for case in EVERY if case[0] != "prompt"], ids=str)
+@EVERY_MODE
 def test_the_start_is_the_base_bit_for_bit(
-    make_gpt: Callable, mode: str, own: dict[str, Any], dtype: torch.dtype
+    make_gpt: Callable, mode: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    base, model = make_gpt(), apply(make_gpt(), mode, own)
+    base, model = make_gpt(), apply(make_gpt(), mode, options)
+    if model.prompt_tokens:
+        return  # extra positions change what is computed from the start
     base.requires_grad_(False)
     base.set_compute_dtype(dtype)
     model.set_compute_dtype(dtype)
-    if dtype == torch.bfloat16 and mode in ("full", "selective"):
-        return  # parameters that trained as bf16 would not be the base's: they stay fp32 until they are used
+    if dtype == torch.bfloat16 and mode not in ("lora", "adapter"):
+        # what is computed from fp32 parameters that train is not, bit for bit, what bf16 ones give
+        assert (logits(model) - logits(base)).norm() / logits(base).norm() < 0.03
+        return
     assert torch.equal(logits(base), logits(model))
     assert generate(base, [[1, 2], [3]], 8) == generate(model, [[1, 2], [3]], 8)
 
 
-LORAS = [own for mode, own in EVERY if mode == "lora"]
+LORAS = [options for mode, options in EVERY if mode == "lora"]
 
 
-@pytest.mark.parametrize("own", LORAS, ids=str)
+@pytest.mark.parametrize("options", LORAS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_equals_unmerged_and_unmerge_restores_every_bit(
-    make_gpt: Callable, own: dict[str, Any], dtype: torch.dtype
+    make_gpt: Callable, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    model = apply(make_gpt(), "lora", own)
+    model = apply(make_gpt(), "lora", options)
     model.set_compute_dtype(dtype)
     disturb(model)
     base = {name: p.clone() for name, p in model.named_parameters()}
@@ -234,8 +234,8 @@ def test_lora_equals_peft(
     import peft
 
     reference = make_reference()
-    own = {"rank": 3, "alpha": 7.0, "targets": targets, "scaling": "rslora" if rslora else "standard"}
-    model = disturb(apply(from_reference(reference), "lora", own))
+    options = {"rank": 3, "alpha": 7.0, "targets": targets, "scaling": "rslora" if rslora else "standard"}
+    model = disturb(apply(from_reference(reference), "lora", options))
     names = [f"transformer.h.{i}.{layer}" for i in range(3) for layer in layers]
     theirs = peft.get_peft_model(
         reference,
@@ -270,11 +270,11 @@ def test_a_starts_as_loralib_does_and_b_at_zero() -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rank": 0}, "rank must be at least 1"),
-        ({"alpha": 0.0}, "alpha above 0"),
-        ({"alpha": float("nan")}, "alpha above 0"),
-        ({"dropout": 1.0}, "below 1"),
-        ({"dropout": -0.1}, "dropout at least 0"),
+        ({"rank": 0}, "--rank 0: must be at least 1"),
+        ({"alpha": 0.0}, "--alpha 0.0: must be above 0"),
+        ({"alpha": float("nan")}, "--alpha nan: must be above 0"),
+        ({"dropout": 1.0}, "--dropout 1.0: must be below 1"),
+        ({"dropout": -0.1}, "--dropout -0.1: must be at least 0"),
         ({"targets": "q,x"}, "'x' is not a target; there are q, k, v, qkv, o, fc, proj, all, attention, mlp"),
         ({"targets": ""}, "'' is not a target"),
         ({"targets": "q,,v"}, "'' is not a target"),
@@ -299,7 +299,7 @@ def test_ranks_start_on_the_same_curve(make_gpt: Callable) -> None:
         optimizer = torch.optim.AdamW(modes.tuned_parameters(model).values(), lr=1e-4, weight_decay=0)
         losses = []
         for _ in range(5):
-            losses.append(model.loss(ids, some_targets(ids)))
+            losses.append(model.loss(some_batch(model, ids)))
             optimizer.zero_grad()
             losses[-1].backward()
             optimizer.step()
@@ -396,21 +396,21 @@ def test_a_selection_that_says_nothing_is_refused_with_what_there_is(make_gpt: C
     with pytest.raises(UserError, match="^--train") as caught:
         apply(make_gpt(), "selective", {"train": train})
     text = str(caught.value)
-    assert selective.GROUPS in text or "write top:2" in text or "does not fit a model of 3 blocks" in text
+    assert selective.GROUP_HELP in text or "write top:2" in text or "does not fit a model of 3 blocks" in text
 
 
 @EVERY_MODE
 def test_a_step_changes_what_trains_and_nothing_else(
-    make_gpt: Callable, tokenizer: Any, mode: str, own: dict[str, Any]
+    make_gpt: Callable, tokenizer: Any, mode: str, options: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
-    model = apply(make_gpt(), mode, own).train()
+    model = apply(make_gpt(), mode, options).train()
     tuned, ids = modes.tuned_parameters(model), some_ids()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(tuned.values(), lr=1e-2, weight_decay=0)
     for _ in range(2):  # LoRA's A and an adapter's `down` get their first gradient in the second step
         optimizer.zero_grad()
-        model.loss(ids, some_targets(ids)).backward()
+        model.loss(some_batch(model, ids)).backward()
         assert {n for n, p in model.named_parameters() if p.grad is not None} == set(tuned)
         optimizer.step()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -419,14 +419,14 @@ def test_a_step_changes_what_trains_and_nothing_else(
 
 
 @EVERY_MODE
-def test_bf16_trains_close_to_fp32(make_gpt: Callable, mode: str, own: dict[str, Any]) -> None:
+def test_bf16_trains_close_to_fp32(make_gpt: Callable, mode: str, options: dict[str, Any]) -> None:
     """Gradients in bf16 point where those in fp32 do, and arrive in fp32."""
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        model = disturb(apply(make_gpt(), mode, own))
+        model = disturb(apply(make_gpt(), mode, options))
         model.set_compute_dtype(dtype)
-        model.loss(some_ids(), some_targets(some_ids())).backward()
+        model.loss(some_batch(model, some_ids())).backward()
         tuned = modes.tuned_parameters(model).values()
         assert {p.grad.dtype for p in tuned} == {torch.float32}
         gradients.append(torch.cat([p.grad.flatten() for p in tuned]))
@@ -434,11 +434,11 @@ def test_bf16_trains_close_to_fp32(make_gpt: Callable, mode: str, own: dict[str,
 
 
 @EVERY_MODE
-def test_what_is_saved_gives_the_same_model_back(make_gpt: Callable, mode: str, own: dict[str, Any]) -> None:
-    model = disturb(apply(make_gpt(), mode, own))
+def test_what_is_saved_gives_the_same_model_back(make_gpt: Callable, mode: str, options: dict[str, Any]) -> None:
+    model = disturb(apply(make_gpt(), mode, options))
     saved = {name: p.detach().clone() for name, p in modes.tuned_parameters(model).items()}
     torch.manual_seed(99)
-    again = apply(make_gpt(), mode, own)
+    again = apply(make_gpt(), mode, options)
     assert not torch.allclose(logits(again), logits(model), atol=0.01)
     modes.load_tuned(again, saved, "file")
     assert torch.equal(logits(again), logits(model))
@@ -447,9 +447,9 @@ def test_what_is_saved_gives_the_same_model_back(make_gpt: Callable, mode: str, 
 
 @EVERY_MODE
 def test_a_tuned_file_that_does_not_fit_is_refused_whole(
-    make_gpt: Callable, mode: str, own: dict[str, Any]
+    make_gpt: Callable, mode: str, options: dict[str, Any]
 ) -> None:
-    model = apply(make_gpt(), mode, own)
+    model = apply(make_gpt(), mode, options)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     saved = {name: p.detach() + 1 for name, p in modes.tuned_parameters(model).items()}
     first, last = list(saved)[0], list(saved)[-1]
@@ -470,30 +470,31 @@ def test_a_tuned_file_that_does_not_fit_is_refused_whole(
 
 @EVERY_MODE
 def test_merging_leaves_a_plain_gpt2_or_says_why_not(
-    make_gpt: Callable, tmp_path: Path, mode: str, own: dict[str, Any]
+    make_gpt: Callable, tmp_path: Path, mode: str, options: dict[str, Any]
 ) -> None:
-    model = disturb(apply(make_gpt(), mode, own))
+    model = disturb(apply(make_gpt(), mode, options))
     tuned = logits(model)
-    if mode in ("prompt", "adapter"):
-        reason = {"prompt": "a soft prompt cannot be merged", "adapter": "adapters cannot be merged"}[mode]
-        with pytest.raises(UserError, match=reason):
+    record, plain_names = modes.MODES[mode], make_gpt().state_dict().keys()
+    if record.merge is None and not modes.tuned_parameters(model).keys() <= plain_names:
+        with pytest.raises(UserError) as caught:
             modes.merge(model, mode)
+        reasons = {"prompt": "a soft prompt cannot be merged", "adapter": "adapters cannot be merged"}
+        assert reasons.get(mode, record.why_no_merge or "and has no merge") in str(caught.value)
         return
     modes.merge(model, mode)
-    weights.save_folder(model, tmp_path / "out")
-    plain = weights.load(str(tmp_path / "out"))
-    assert plain.state_dict().keys() == make_gpt().state_dict().keys()
+    weights.save_folder(Base("base", None, model, None, None), model, tmp_path / "out")
+    plain = weights.load(str(tmp_path / "out")).model
+    assert plain.state_dict().keys() == plain_names
     assert torch.allclose(logits(plain), tuned, atol=1e-5, rtol=1e-5)
 
 
 @EVERY_MODE
 def test_every_mode_describes_itself(
-    make_gpt: Callable, tokenizer: Any, mode: str, own: dict[str, Any]
+    make_gpt: Callable, tokenizer: Any, mode: str, options: dict[str, Any]
 ) -> None:
-    model = apply(make_gpt(vocab_size=320), mode, own)
-    model.tokenizer = tokenizer
-    lines = modes.describe(model, mode)
-    assert len(lines) == (own["prompt_tokens"] if mode == "prompt" else len(modes.tuned_parameters(model)))
+    model = apply(make_gpt(vocab_size=320), mode, options)
+    lines = modes.describe(model, mode, tokenizer)
+    assert len(lines) == (options["prompt_tokens"] if mode == "prompt" else len(modes.tuned_parameters(model)))
     assert all("norm" in line and "\n" not in line for line in lines)
 
 
@@ -501,7 +502,7 @@ def test_adapters_stand_where_the_papers_put_them(make_gpt: Callable) -> None:
     """On the sublayer's output, inside its residual: x + adapter(f(norm(x))), with the adapter's own skip."""
     model = disturb(apply(make_gpt(), "adapter", {"bottleneck": 5}))
     block, x = model.h[1], torch.randn(64, 24, generator=torch.Generator().manual_seed(0))
-    rows = Rows([7, 9], x.device)
+    rows = packed_rows([7, 9])
 
     def adapter(layer: Any, y: Tensor) -> Tensor:
         return (
@@ -520,18 +521,23 @@ def test_adapters_stand_where_the_papers_put_them(make_gpt: Callable) -> None:
         apply(make_gpt(), "adapter", {"bottleneck": 0})
 
 
+def start(model: GPT, changes: dict[str, Any], tokenizer: Any) -> None:
+    """Apply soft prompts, and give them the values that a new run starts from."""
+    apply(model, "prompt", changes)
+    modes.MODES["prompt"].start(model, prompt.Options(**changes), tokenizer)
+
+
 def test_where_a_soft_prompt_starts(make_gpt: Callable, tokenizer: Any) -> None:
     model = make_gpt(vocab_size=320)
-    model.tokenizer = tokenizer
     text = "The fridge is broken"
     ids = tokenizer.encode(text).ids
     count = len(ids) + 2
-    apply(model, "prompt", {"prompt_tokens": count, "prompt_init": "text", "prompt_text": text})
+    start(model, {"prompt_tokens": count, "prompt_init": "text", "prompt_text": text}, tokenizer)
     assert torch.equal(model.prompt.weight, model.wte.weight[ids + ids[:2]])
-    assert [near[0][0] for near in prompt.nearest_tokens(model)[: len(ids)]] == [
+    assert [near[0][0] for near in prompt.nearest_tokens(model, tokenizer)[: len(ids)]] == [
         tokenizer.decode([i]) for i in ids
     ]
-    assert all(near[0][1] == pytest.approx(1, abs=1e-5) for near in prompt.nearest_tokens(model))
+    assert all(near[0][1] == pytest.approx(1, abs=1e-5) for near in prompt.nearest_tokens(model, tokenizer))
 
     starts = []
     for seed in (0, 0, 1):
@@ -550,18 +556,16 @@ def test_where_a_soft_prompt_starts(make_gpt: Callable, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"prompt_tokens": 0}, "must be at least 1 and below the model's 96 positions"),
-        ({"prompt_tokens": 96}, "must be at least 1 and below the model's 96 positions"),
-        ({"prompt_init": "text"}, "go together"),
-        ({"prompt_text": "x"}, "go together"),
+        ({"prompt_tokens": 0}, "--prompt-tokens 0: must be at least 1"),
+        ({"prompt_tokens": 96}, "--prompt-tokens 96: must be below the model's 96 positions"),
+        ({"prompt_init": "text"}, "belong together"),
+        ({"prompt_text": "x"}, "belong together"),
         ({"prompt_init": "text", "prompt_text": ""}, "--prompt-text is empty"),
     ],
 )
 def test_prompt_refuses(make_gpt: Callable, tokenizer: Any, options: dict[str, Any], message: str) -> None:
-    model = make_gpt()
-    model.tokenizer = tokenizer
     with pytest.raises(UserError, match=message):
-        apply(model, "prompt", options)
+        start(make_gpt(), options, tokenizer)
 
 
 def test_modes_do_not_add_up(make_gpt: Callable) -> None:
@@ -572,85 +576,3 @@ def test_modes_do_not_add_up(make_gpt: Callable) -> None:
         "ln_f.weight",
         "ln_f.bias",
     }
-
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-IA3 = re.search(r'```python\n("""\(IA\)\^3.*?)```', README, re.S)[1]  # the example as readers find it
-
-
-@pytest.fixture
-def project_with_ia3(tmp_path: Path) -> Path:
-    """A copy of the project with one new file and one new line in the registry."""
-    for name in ("minift", "train.py", "eval.py"):
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, tmp_path)
-    (tmp_path / "minift" / "modes" / "ia3.py").write_text(IA3)
-    registry = tmp_path / "minift" / "modes" / "__init__.py"
-    text = registry.read_text()
-    assert text.count('    "full",\n') == 1
-    registry.write_text(text.replace('    "full",\n', '    "full",\n    "ia3",\n'))
-    return tmp_path
-
-
-def test_a_newcomer_adds_ia3(project_with_ia3: Path, model_folder: Path) -> None:
-    """One new file and one line in the registry: it trains, saves its own, reloads and is scored."""
-    words = itertools.cycle(["fridge", "landlord", "lunch", "food", "price"])
-    lines = [
-        json.dumps({"prompt": f"Anna {i}: the {next(words)}", "completion": "is broken"}) for i in range(30)
-    ]
-    (project_with_ia3 / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
-
-    def script(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=project_with_ia3,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    done = script(
-        "train.py",
-        "--mode",
-        "ia3",
-        "--model",
-        str(model_folder),
-        "--data",
-        "pairs.jsonl",
-        "--out",
-        "r",
-        "--steps",
-        "12",
-        "--batch",
-        "4",
-        "--max-new-tokens",
-        "4",
-        "--dtype",
-        "fp32",
-        "--device",
-        "cpu",
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads((project_with_ia3 / "r" / "result.json").read_text())
-    assert result["mode"] == "ia3" and result["trainable_parameters"] == 3 * (2 * 24 + 96)
-    from safetensors.torch import load_file
-
-    saved = load_file(project_with_ia3 / "r" / "tuned.safetensors")
-    assert set(saved) == {
-        f"h.{i}.{name}" for i in range(3) for name in ("attn.c_attn.scale_out", "mlp.c_proj.scale_in")
-    }
-    assert all((values != 1).any() for values in saved.values())
-
-    done = script("eval.py", "r", "--json", "--max-new-tokens", "4", "--dtype", "fp32", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    scores = json.loads(done.stdout)
-    assert scores["tuned"]["loss"] < scores["base"]["loss"]
-    assert scores["tuned"]["loss"] == pytest.approx(result["test_loss"], rel=1e-5)
-
-    done = script("eval.py", "r", "--save", "merged")
-    assert done.returncode == 2 and not (project_with_ia3 / "merged").exists()
-    assert done.stderr.strip() == "error: mode ia3 adds parameters of its own and has no merge"

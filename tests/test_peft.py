@@ -1,8 +1,10 @@
 """PEFT's folders in and out, beside the peft package; several tuned files on one base, and in one batch; a
 saved folder in transformers' pipeline."""
 
+import copy
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -38,6 +40,7 @@ from minift.files import checkpoint, peft, safetensors, weights
 from minift.model import generate
 from minift.model.gpt import GPT
 from minift.modes import lora
+from minift.run.config import as_model
 
 PLAIN = ["--dtype", "fp32", "--device", "cpu", "--batch", "4", "--max-new-tokens", "6"]
 IDS = torch.tensor([[5, 17, 250, 3, 44, 9, 120], [7, 7, 90, 31, 2, 300, 8], [61, 5, 12, 99, 45, 1, 4]])
@@ -51,7 +54,7 @@ def quick() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def base(model_folder: Path) -> GPT:
-    return weights.load(str(model_folder)).requires_grad_(False).eval()
+    return as_model(weights.load(str(model_folder))).eval()
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +349,7 @@ REFUSED_PROMPT = {
     "no length": (edit(num_virtual_tokens=None), ["prompt_embeddings"]),
     "two submodules": (edit(num_transformer_submodules=2), ["submodule"]),
     "a wider base": (retensor(lambda t: {n: torch.cat([v, v], -1) for n, v in t.items()}), ["(9, 48)"]),
-    "the wrong method": (edit(peft_type="LORA"), ["num_", "cannot be honoured"]),
+    "the wrong method": (edit(peft_type="LORA"), ["num_", "not supported"]),
     "another name": (retensor(lambda t: {f"{n}_2": v for n, v in t.items()}), ["prompt_embeddings_2"]),
 }
 
@@ -508,7 +511,7 @@ def test_several_files_share_one_base_which_stays_as_it_is(runs: dict[str, Path]
     before, values = logits(base), {name: p.clone() for name, p in base.named_parameters()}
     alone = {}
     for name, folder in runs.items():
-        fresh = weights.load(str(base.folder))
+        fresh = as_model(weights.load(str(base.folder)))
         checkpoint.load_tuned(folder, fresh, "base")
         alone[name] = logits(fresh.eval())
     models = {name: loaded(base, folder) for name, folder in runs.items()}
@@ -621,3 +624,107 @@ def test_every_command_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert ended.code == 0, ended.err
     assert sorted(os.listdir(tmp_path)) == ["general.txt", "runs", "tuned-peft"]
     assert sorted(os.listdir("runs")) == ["lora-1", "lora-2"]
+
+
+def random_config(rng: random.Random) -> dict[str, Any]:
+    """Fields of a LoraConfig that chooses modules, ranks and alphas in one of PEFT's ways."""
+    places = ["c_attn", "attn.c_attn", "c_proj", "attn.c_proj", "mlp.c_proj", "c_fc", "mlp.c_fc"]
+    full = [f"transformer.h.{i}.{place}" for i in range(3) for place in lora.PLACES]
+    expressions = [r".*c_attn", r".*\.[02]\..*(c_fc|c_proj)", r"transformer\.h\.\d\.mlp\.c_\w+", "all-linear",
+                   r"h\..*", r".*\.h\.1\.attn.*", "transformer.h.2.attn.c_attn"]  # fmt: skip
+    patterns = [*places, *full, r"^transformer\.h\.0\..*", r"^h\.1\..*", r"h\.[01]\.attn\.c_attn", "h.1.mlp",
+                r".*\.2\.mlp\.c_fc", "c_.*", "h", r"\w+"]  # fmt: skip
+    fields: dict[str, Any] = {"r": rng.randint(1, 6), "lora_alpha": rng.choice([1, 3, 2.5, 16])}
+    kind = rng.choice(["ends", "ends", "full names", "expression"])
+    if kind == "expression":
+        fields["target_modules"] = rng.choice(expressions)
+    else:
+        names = rng.sample(places if kind == "ends" else full, rng.randint(1, 3))
+        fields["target_modules"] = names + (rng.sample(full, 1) if rng.random() < 0.3 else [])
+        if rng.random() < 0.4:
+            fields["layers_to_transform"] = rng.choice([[0], [1, 2], 2, [5], [0, 1, 2]])
+            fields["layers_pattern"] = rng.choice([None, "h", ["h"], r"\w", ["layers", "h"], "transformer.h"])
+    if rng.random() < 0.3:
+        fields["exclude_modules"] = rng.choice([["mlp.c_proj"], r".*\.0\..*", full[:2], "h.1.*", ["h.0"]])
+    for name, values in (("rank_pattern", [1, 2, 7]), ("alpha_pattern", [2, 0.5, 9])):
+        if rng.random() < 0.5:
+            keys = rng.sample(patterns, rng.randint(1, 3))
+            fields[name] = {key: rng.choice(values) for key in keys}
+    if rng.random() < 0.3:
+        fields["use_rslora"] = True
+    if rng.random() < 0.3:
+        fields["init_lora_weights"] = rng.choice([False, "gaussian", "orthogonal", "eva"])
+        if fields["init_lora_weights"] == "eva":
+            fields["eva_config"] = their.EvaConfig()
+    return fields
+
+
+@torch.no_grad()
+def logits_of_peft(reference: GPT2LMHeadModel, folder: Path, headless: bool) -> Tensor:
+    """Of an adapter that was made on a GPT2LMHeadModel, or on the GPT2Model in it."""
+    model = copy.deepcopy(reference)
+    if headless:
+        states = their.PeftModel.from_pretrained(model.transformer, str(folder)).eval()(IDS).last_hidden_state
+        return states @ reference.transformer.wte.weight.T
+    return logits(their.PeftModel.from_pretrained(model, str(folder)).eval())
+
+
+@pytest.mark.parametrize("headless", [False, True])
+@pytest.mark.parametrize("start", range(2))
+def test_generated_configurations_choose_what_peft_chooses(
+    base: GPT, model_folder: Path, tmp_path: Path, start: int, headless: bool
+) -> None:
+    """Logits as PEFT computes them, for configurations with targets, layers and patterns of every form."""
+    reference, rng, loaded_count = GPT2LMHeadModel.from_pretrained(model_folder), random.Random(start), 0
+    for trial in range(30):
+        fields = random_config(rng)
+        folder = tmp_path / str(trial)
+        model = copy.deepcopy(reference)
+        try:
+            config = their.LoraConfig(task_type=None, fan_in_fan_out=True, **fields)
+            model = their.get_peft_model(model.transformer if headless else model, config)
+        except ValueError:  # PEFT finds no module, or refuses the combination
+            continue
+        disturbed(model).save_pretrained(folder)
+        try:
+            wanted = logits_of_peft(reference, folder, headless)
+        except RuntimeError:  # saving sorts the patterns, and the first that matches may be another one now
+            with pytest.raises(UserError, match="the rank of"):
+                loaded(base, folder)
+            continue
+        found = logits(loaded(base, folder))
+        assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max(), fields
+        assert (found - logits(base)).abs().max() > 1e-2 * wanted.abs().max()
+        loaded_count += 1
+    assert loaded_count >= 10
+
+
+HARMLESS = {
+    "EVA": {"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "tau": 0.99}},
+    "EVA's settings beside another start": {"eva_config": {"rho": 2.0}},
+    "tying without tied targets": {"ensure_weight_tying": True},
+    "settings of a start that was not used": {"loftq_config": {"loftq_bits": 4}, "corda_config": {"a": 1}},
+    "a field for the backward pass": {"velora_config": {"num_groups": 2}},
+    "run-time settings": {"runtime_config": {"ephemeral_gpu_offload": True}, "megatron_core": "m.core"},
+    "new fields that are off": {"use_wonder": False, "wonder_config": None, "wonders": []},
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_fields_that_leave_a_plain_update_are_accepted(
+    made: dict[str, Path], base: GPT, tmp_path: Path, name: str
+) -> None:
+    wanted = logits(loaded(base, made["lora"]))
+    folder = shutil.copytree(made["lora"], tmp_path / "in")
+    edit(**HARMLESS[name])(folder)
+    assert torch.equal(logits(loaded(base, folder)), wanted)
+
+
+@pytest.mark.parametrize("pattern", ["(.*)*(.*)*x", "(a+)+$", ".*.*.*.*.*.*.*.*x", "(c_attn|c){9}"])
+def test_an_expression_that_could_take_endless_time_is_refused(
+    made: dict[str, Path], base: GPT, tmp_path: Path, pattern: str
+) -> None:
+    folder = shutil.copytree(made["lora"], tmp_path / "in")
+    edit(target_modules=pattern)(folder)
+    with pytest.raises(UserError, match="repeats too much"):
+        loaded(base, folder)

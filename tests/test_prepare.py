@@ -179,11 +179,10 @@ def test_fetched_file_must_be_the_known_one(tmp_path: Path) -> None:
 def test_full_disk_leaves_no_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train.jsonl").write_text("previous")
 
-    def refuse(path: Path, content: bytes) -> None:
-        path.touch()
+    def refuse(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(UserError, match="train.jsonl: cannot be written: No space left on device"):
         prepare.write_splits({"train": CHATS}, tmp_path)
     assert (tmp_path / "train.jsonl").read_text() == "previous" and os.listdir(tmp_path) == ["train.jsonl"]

@@ -11,12 +11,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from packed import logits
 from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer
 
 from minift.data.dataset import read_text
 from minift.files.weights import load
-from minift.report.metrics import general_loss
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
 SPLITS = ("train", "val", "test")
@@ -114,17 +114,17 @@ def test_base_is_the_recorded_one(make: ModuleType) -> None:
     recorded = json.loads((TINY / "training.json").read_text(encoding="utf-8"))
     assert recorded["settings"]["steps"] == make.STEPS == len(recorded["loss"]) * recorded["log_every"]
     assert (TINY / "model.safetensors").stat().st_size <= 12_000_000
-    model = load(str(TINY))
-    assert sum(p.numel() for p in model.parameters()) == recorded["parameters"]
-    loss = general_loss(model, read_text(TINY / "general.txt"), 32)
+    base = load(str(TINY))
+    assert sum(p.numel() for p in base.model.parameters()) == recorded["parameters"]
+    loss = make.held_out_loss(base.model, base.tokenizer.encode(read_text(TINY / "general.txt")).ids)
     assert loss == pytest.approx(recorded["held_out_loss"], abs=0.002)
 
 
 def test_folder_loads_in_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     reference = transformers.GPT2LMHeadModel.from_pretrained(TINY).float().eval()
-    model = load(str(TINY)).eval()
-    ids = torch.tensor([model.tokenizer.encode("Anna: Hi Ben! Shall we have lunch on Friday?").ids])
+    base = load(str(TINY))
+    ids = torch.tensor([base.tokenizer.encode("Anna: Hi Ben! Shall we have lunch on Friday?").ids])
     with torch.no_grad():
-        ours, theirs = model.logits(model.hidden(ids)), reference(ids).logits
+        ours, theirs = logits(base.model.eval(), ids), reference(ids).logits
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

@@ -19,26 +19,29 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: nothing to test, PyTorch computes everything")
 
-import train
-from minift import plan
-from minift.data.dataset import Example, Pair
+from minift import plan, training
 from minift.errors import UserError
+from minift.files.weights import Base
 from minift.model.gpt import GPT, GPTConfig
-from minift.ops import lora as kernels
-from minift.ops import lora_triton as triton_kernels
-from minift.ops.lora import keep_mask, lora_linear, lora_linear_reference
+from minift.model.packing import Row
+from minift.ops import dropout_triton, kernel_choice, lora_triton
+from minift.ops.dropout import drop_threshold, keep_mask
+from minift.ops.lora import Update, lora_linear, lora_linear_reference
 from minift.run import config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = pytest.mark.skipif(DEVICE.type == "cpu", reason="no GPU here, and the interpreter cannot show this")
 SCALE = 2.5
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-# M, K, N, r, n, offsets: no multiple of a tile, and both ways of making g and dB (above rank 32, and below)
+# M, K, N, r, n, offsets: no multiple of a tile, and both ways of making g and dB (above rank 32, and below).
+# Only where K and N are multiples of 16 are the large tiles of gemm_tiles taken.
 SHAPES = {"q and v": (70, 50, 90, 5, 30, (0, 60)), "whole": (130, 133, 140, 3, 140, (0,)),
           "q, k, v of one token": (1, 20, 36, 1, 12, (0, 12, 24)),
-          "k, rank 70": (37, 24, 300, 70, 100, (100,))}
+          "k, rank 70": (37, 24, 300, 70, 100, (100,)),
+          "large tiles": (140, 144, 192, 8, 64, (0, 128))}
 CASES = [(torch.float32, name) for name in SHAPES]
 CASES += [(torch.float16, "k, rank 70"), (torch.bfloat16, "q and v"), (torch.bfloat16, "k, rank 70")]
+CASES += [(torch.bfloat16, "large tiles")]
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +97,7 @@ def test_against_float64(dtype: torch.dtype, name: str, dropout: float) -> None:
     dropped = exact["x"] * keep / (1 - dropout)
     zero = torch.zeros_like(exact["weight"])
     wanted = torch.nn.functional.linear(exact["x"], exact["weight"], exact["bias"]) + lora_linear_reference(
-        dropped, zero, None, exact["A"], exact["B"], SCALE, offsets)
+        dropped, zero, None, exact["A"], exact["B"], Update(offsets, SCALE))
     wanted.backward(dy.double())
     wanted = [wanted.detach(), exact["x"].grad, exact["A"].grad, exact["B"].grad]
     for what, ours, theirs in zip(("y", "dx", "dA", "dB"), got, wanted, strict=True):
@@ -106,14 +109,31 @@ def test_against_float64(dtype: torch.dtype, name: str, dropout: float) -> None:
             assert error(ours, theirs.double()) < 1e-5  # the same mask, or it would be near 1
 
 
+def test_the_widest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of large products, for a small one."""
+    tiles = lora_triton.gemm_tiles(torch.bfloat16, 2048, 2048, 144, 8, 0.0)
+    assert tiles["BN"] == 256
+    monkeypatch.setattr(lora_triton, "gemm_tiles", lambda *_: tiles)
+    M, *_, offsets = SHAPES["large tiles"]
+    given = operands(SHAPES["large tiles"], torch.bfloat16, 3)
+    h = torch.randn(M, 16, generator=torch.Generator().manual_seed(4)).to(DEVICE, torch.bfloat16)
+    got = lora_triton.gemm(given["x"], given["weight"], given["bias"], h, given["B"], offsets, 0.0, None)
+    x, weight, bias = (given[name].double() for name in ("x", "weight", "bias"))
+    wanted = torch.nn.functional.linear(x, weight, bias)
+    B = given["B"].to(torch.bfloat16).double()
+    for start, h_part, B_part in zip(offsets, h.double().chunk(2, 1), B.chunk(2), strict=True):
+        wanted[:, start : start + 64] += h_part @ B_part.T
+    assert error(got, wanted) < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("rows, columns", [(33, 7), (20, 301), (1, 1)])
 def test_masks_are_the_same_bits(rows: int, columns: int) -> None:
-    """PyTorch's are checked against Python's numbers in test_kernels.py; made on the CPU here, as on a GPU
+    """PyTorch's are checked against Python's numbers in test_dropout.py; made on the CPU here, as on a GPU
     keep_mask is the Triton kernel."""
-    seed = torch.tensor(2**63 - 12345)
+    x, seed = torch.empty(rows, columns), torch.tensor(2**63 - 12345)
     for rate in (0.1, 0.5):
-        ours = triton_kernels.keep_mask(torch.empty(rows, columns, device=DEVICE), rate, seed.to(DEVICE))
-        assert torch.equal(ours.cpu(), keep_mask(torch.empty(rows, columns), rate, seed))
+        ours = dropout_triton.keep_mask(x.to(DEVICE), drop_threshold(rate), seed.to(DEVICE))
+        assert torch.equal(ours.cpu(), keep_mask(x, rate, seed))
 
 
 def test_only_what_is_needed_is_made_and_kept() -> None:
@@ -159,32 +179,34 @@ def test_offsets_beyond_32_bits(tmp_path: Path, rank: int) -> None:
     seed, results = torch.tensor(7, device=DEVICE), []
     for given in ((x, dy, weight), (x.contiguous(), dy.contiguous(), weight.contiguous())):
         a, d, w = given
-        y, h = triton_kernels.forward(a, w, None, A, B, [0], 2.0, 0.5, seed)
-        results.append([y, *triton_kernels.backward(d, a, w, A, B, h, [0], 2.0, 0.5, seed, True)])
+        y, h = lora_triton.forward(a, w, None, A, B, [0], 2.0, 0.5, seed)
+        results.append([y, *lora_triton.backward(d, a, w, A, B, h, [0], 2.0, 0.5, seed, True)])
     assert all(map(torch.equal, *results)) and all(one.any() for one in results[0])
 
 
 SMALL = GPTConfig(vocab_size=61, n_positions=32, n_embd=16, n_layer=1, n_head=2, eos_token_id=0)
-BATCH = [Example([7 * i % 60 for i in range(start, start + 9)], 4, Pair("", "", "")) for start in range(3)]
+BATCH = [Row([7 * i % 60 for i in range(start, start + 9)], ((4, 9),)) for start in range(3)]
 
 
-def ask(text: str) -> config.Config:
-    return config.parse(f"--mode lora --device {DEVICE.type} --dtype fp32 {text}".split(), "")["lora"]
+def lora_config(text: str) -> config.Config:
+    common = f"--mode lora --device {DEVICE.type} --dtype fp32 --max-new-tokens 8"
+    [parsed] = config.parse(f"{common} {text}".split(), "")
+    return parsed
 
 
 def test_twenty_steps_of_a_lora_run() -> None:
     losses = {}
     for kernel in ("torch", "triton"):
-        asked = ask(f"--targets q,v,proj --rank 3 --dropout 0.2 --lr 0.03 --kernel {kernel}")
+        settings = lora_config(f"--targets q,v,proj --rank 3 --dropout 0.2 --lr 0.03 --kernel {kernel}")
         torch.manual_seed(0)
         model = GPT(SMALL)
         model.init_weights(0)
-        train.prepare(model, asked)
+        training.apply_config(model, settings)
         model.to(DEVICE).train()
-        optimizer = train.make_optimizer(model, asked.train.lr, 0.0)
+        optimizer = training.make_optimizer(model, settings.train.lr, 0.0)
         losses[kernel] = []
         for _ in range(20):
-            loss, _ = train.train_step(model, [BATCH], 1.0)
+            loss, _ = training.train_step(model, [BATCH], 1.0)
             optimizer.step()
             optimizer.zero_grad()
             losses[kernel].append(loss)
@@ -197,11 +219,10 @@ def test_the_plan_counts_the_same(dropout: str) -> None:
     """FLOPs and activations; fake tensors reach no kernel."""
     costs = {}
     for kernel in ("torch", "triton"):
+        settings = lora_config(f"--targets q,v,proj --dropout {dropout} --kernel {kernel}")
         with torch.device("meta"):
-            shape = GPT(SMALL)
-        asked = ask(f"--targets q,v,proj --dropout {dropout} --kernel {kernel}")
-        costs[kernel] = plan.predict(asked, shape, BATCH, train.prepare, train.make_optimizer,
-                                     train.train_step)
+            base = Base("small", Path(), GPT(SMALL), None, None)
+        costs[kernel] = plan.predict(settings, training.build_on_meta(base, settings), BATCH)
     for name in ("flops_per_token", "activations_bytes", "gradients_bytes", "weights_bytes"):
         assert costs["triton"][name] == pytest.approx(costs["torch"][name], rel=1e-9), name
     assert costs["triton"]["predicted_peak_bytes"] <= costs["torch"]["predicted_peak_bytes"]
@@ -210,42 +231,44 @@ def test_the_plan_counts_the_same(dropout: str) -> None:
 def test_auto_goes_by_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """On fake tensors of a GPU that need not be here."""
     from torch._subclasses import FakeTensorMode
-    monkeypatch.setattr(kernels, "triton_fault", lambda device: None)
-    monkeypatch.setattr(kernels, "device_name", lambda device: "some GPU")
-    monkeypatch.setattr(kernels, "TRITON_WINS", {("some GPU", "bfloat16", 64, 192, 2, 64, 8, True): 100})
+    monkeypatch.setattr(kernel_choice, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(kernel_choice, "device_name", lambda device: "some GPU")
+    measured = {("some GPU", "bfloat16", 64, 192, 2, 64, 8, True): 100}
+    monkeypatch.setattr(kernel_choice, "TRITON_WINS", measured)
 
     def wins(M: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, r: int = 8, p: float = 0.1,
              parts: int = 2, n: int = 64) -> bool:
         with FakeTensorMode():
             x, weight = (torch.empty(rows, 64, dtype=dtype, device=device) for rows in (M, 192))
-            return kernels.triton_wins(x, weight, torch.empty(parts * n, r, device=device), parts, p)
+            return kernel_choice.triton_wins(x, weight, torch.empty(parts * n, r, device=device), parts, p)
 
     assert wins(100) and wins(5000)
     assert not (wins(99) or wins(100, device="cpu") or wins(100, dtype=torch.float16) or wins(100, r=4)
                 or wins(100, p=0.0) or wins(100, parts=3) or wins(100, n=96))
-    monkeypatch.setattr(kernels, "triton_fault", lambda device: "too old")
+    monkeypatch.setattr(kernel_choice, "why_no_triton", lambda device: "too old")
     assert not wins(100)
 
 
 def test_where_triton_cannot_run_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    kernels.triton_fault.cache_clear()
+    kernel_choice.why_no_triton.cache_clear()
     try:
-        with pytest.raises(UserError, match="--kernel triton: they need an NVIDIA GPU.*cpu"):
-            kernels.choose_kernel("triton", torch.device("cpu"))
-        kernels.triton_fault.cache_clear()
-        monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match="--kernel triton: the kernels need an NVIDIA GPU.*cpu"):
+            kernel_choice.check_kernel("triton", torch.device("cpu"))
+        kernel_choice.why_no_triton.cache_clear()
+        monkeypatch.setattr(kernel_choice.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(UserError, match="triton is not installed"):
-            kernels.choose_kernel("triton", DEVICE)
-        assert {kernels.choose_kernel(name, DEVICE) for name in ("auto", "torch")} == {"auto", "torch"}
+            kernel_choice.check_kernel("triton", DEVICE)
+        for name in ("auto", "torch"):
+            kernel_choice.check_kernel(name, DEVICE)
     finally:
-        kernels.triton_fault.cache_clear()
+        kernel_choice.why_no_triton.cache_clear()
     ended = run_train("--mode", "full", "--kernel", "triton")
-    assert ended.code == 2 and "--kernel is about the low-rank update" in ended.err
+    assert ended.code == 2 and "--kernel is about low-rank updates" in ended.err
 
 
 def test_a_run_on_a_cpu_does_not_import_triton() -> None:
-    code = ("import sys, torch, train, minift.plan; from minift.kernels import lora_linear;"
+    code = ("import sys, torch, train, minift.plan; from minift.ops.lora import lora_linear;"
             "x = torch.ones(2, 4); lora_linear(x, x, None, x, x.T.contiguous()[:2], 1.0, dropout=0.5);"
             "sys.exit('triton' in sys.modules or 'torch._dynamo' in sys.modules)")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -31,7 +31,8 @@ from minift.device import fast_bf16  # noqa: E402
 from minift.files import safetensors  # noqa: E402
 from minift.files.weights import CONV1D  # noqa: E402
 from minift.model.gpt import GPT, GPTConfig  # noqa: E402
-from minift.report.metrics import general_loss  # noqa: E402
+from minift.model.packing import text_row  # noqa: E402
+from minift.report.metrics import measure_losses  # noqa: E402
 
 SEED = 1
 END = "<|endoftext|>"
@@ -134,8 +135,8 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
             torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
 
-def train(model: GPT, ids: torch.Tensor, steps: int) -> list[float]:
-    """The first `steps` of the STEPS-step schedule on a packed stream of tokens (n,); gives the mean loss of
+def train(model: GPT, ids: list[int], steps: int) -> list[float]:
+    """The first `steps` of the STEPS-step schedule on a stream of tokens; gives the mean loss of
     every LOG_EVERY steps. Windows of CONTEXT tokens are drawn without replacement, at another offset in each
     epoch."""
     optimizers = make_optimizers(model)
@@ -147,8 +148,9 @@ def train(model: GPT, ids: torch.Tensor, steps: int) -> list[float]:
             offset = int(torch.randint(CONTEXT, (), generator=generator))
             windows = (len(ids) - 1 - offset) // CONTEXT
             order = [offset + CONTEXT * i for i in torch.randperm(windows, generator=generator).tolist()]
-        rows = torch.stack([ids[order.pop() :][: CONTEXT + 1] for _ in range(BATCH)])
-        loss = model.loss(rows[:, :-1], rows[:, 1:]) / (BATCH * CONTEXT)
+        starts = [order.pop() for _ in range(BATCH)]
+        batch = model.pack([text_row(ids[start : start + CONTEXT + 1]) for start in starts])
+        loss = model.loss(batch) / (BATCH * CONTEXT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -162,6 +164,13 @@ def train(model: GPT, ids: torch.Tensor, steps: int) -> list[float]:
             seconds = time.perf_counter() - started
             print(f"step {step + 1:5d}  loss {curve[-1]:.4f}  {seconds:.0f} s", flush=True)
     return curve
+
+
+def held_out_loss(model: GPT, ids: list[int]) -> float:
+    """Nats a token, in windows of half the context."""
+    window = CONTEXT // 2
+    rows = [text_row(ids[start : start + window + 1]) for start in range(0, len(ids) - 1, window)]
+    return measure_losses(model, rows, batch=32)["loss"]
 
 
 @torch.no_grad()
@@ -180,8 +189,7 @@ def save(model: GPT, out: Path) -> None:
 def train_base(out: Path, training: str, held_out: str, tokenizer: Tokenizer) -> None:
     """Train the base, save it, and record how it went in training.json."""
     started, model = time.perf_counter(), new_model()
-    model.tokenizer = tokenizer
-    ids = torch.tensor(tokenizer.encode(training).ids)
+    ids = tokenizer.encode(training).ids
     curve = train(model, ids, STEPS)
     seconds = time.perf_counter() - started
     with torch.no_grad():
@@ -189,7 +197,7 @@ def train_base(out: Path, training: str, held_out: str, tokenizer: Tokenizer) ->
             parameter.copy_(parameter.half())  # the loss is that of the file
     model.set_compute_dtype(torch.float32)
     record = {
-        "held_out_loss": round(general_loss(model, held_out, 32), 4),
+        "held_out_loss": round(held_out_loss(model, tokenizer.encode(held_out).ids), 4),
         "seconds": round(seconds), "threads": torch.get_num_threads(), "bf16": fast_bf16(torch.device("cpu")),
         "parameters": sum(p.numel() for p in model.parameters()), "training_tokens": len(ids),
         "settings": {"seed": SEED, "vocab_size": VOCAB_SIZE, "context": CONTEXT, **SHAPE, "batch": BATCH,
@@ -205,7 +213,7 @@ def train_base(out: Path, training: str, held_out: str, tokenizer: Tokenizer) ->
 def check(training: str, tokenizer: Tokenizer) -> bool:
     """Train the first CHECK_STEPS again; whether their loss is the recorded one within TOLERANCE."""
     recorded = json.loads((HERE / "training.json").read_text(encoding="utf-8"))["loss"]
-    curve = train(new_model(), torch.tensor(tokenizer.encode(training).ids), CHECK_STEPS)
+    curve = train(new_model(), tokenizer.encode(training).ids, CHECK_STEPS)
     worst = max(abs(now - then) for now, then in zip(curve, recorded, strict=False))
     same = worst <= TOLERANCE
     print(f"{CHECK_STEPS} steps: the loss {'matches' if same else 'does not match'} training.json: "

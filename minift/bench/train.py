@@ -1,18 +1,19 @@
-"""python -m minift.bench train: what a step of each mode costs, with random weights.
+"""python -m minift.bench train: the cost of a training step of each mode, with random weights.
 
-Warm-up is apart, medians come with their spread, and the machine's own ceiling is measured in the same run.
-The last line is one JSON object.
+Warm-up is not counted, medians come with their range, and the rate of the model's largest kind of matrix
+product is measured in the same run. The last line is one JSON object.
 """
 
 import json
+import random
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from minift import modes
-from minift.data.dataset import Example, Pair
+from minift.bench.ceilings import linear_rate
 from minift.device import (
     DEVICES,
     DTYPES,
@@ -21,102 +22,163 @@ from minift.device import (
     machine_name,
     peak_memory,
     reset_peak_memory,
-    seconds,
+    time_call,
 )
 from minift.errors import UserError
+from minift.files.hub import PRESETS
 from minift.model.gpt import GPT
-from minift.options import Parser, add_options, option, resolve
-from minift.plan import SIZES, Meter
-from minift.report import compare
+from minift.model.packing import Row
+from minift.modes import MODES
+from minift.ops.kernel_choice import KERNELS, check_kernel
+from minift.options import Parser, add_options, flag, option, resolve
+from minift.plan import MemoryMeter
+from minift.report.table import format_bytes, table_head, table_row
 from minift.run.config import TrainOptions
+from minift.training import make_optimizer, train_step
+
+WARMUP = 2  # steps that are not timed
+SPREAD = 0.5  # of --ragged: the standard deviation of the logarithm of a row's length
+COLUMNS = {
+    "mode": ("mode", str),
+    "step_ms": ("step ms", "{:.0f}".format),
+    "step_ms_min": ("min", "{:.0f}".format),
+    "step_ms_max": ("max", "{:.0f}".format),
+    "rows_per_second": ("rows/s", "{:.2f}".format),
+    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+    "peak_memory_bytes": ("peak memory", format_bytes),
+    "flops_per_second": ("GFLOP/s", lambda flops: f"{flops / 1e9:.0f}"),
+    "share": ("of matmuls", "{:.0%}".format),  # of the rate of the largest kind of product
+}
+WIDTHS = [9, 7, 6, 6, 7, 9, 11, 8, 10]
 
 
 @dataclass(frozen=True)
-class BenchOptions:
-    size: str = option("gpt2", f"the model's shape: {', '.join(SIZES)}")
-    mode: str = option("all", f"{', '.join(modes.MODES)}, a comma list of them, or all")
-    batch: int = option(8, "rows of a step")
-    tokens: int = option(167, "tokens of a row (the default: a mean row of SAMSum)")
-    targets: int = option(27, "target tokens of a row")
-    steps: int = option(10, "timed steps of each mode, after two that are not")
-    checkpoint: bool = option(False, "compute activations again in the backward pass instead of keeping them")
-    dtype: str = option("auto", "what to compute in; auto: bf16 where the hardware has it", DTYPES)
-    device: str = option("auto", "where to compute", DEVICES)
-
-
-def matmul_rate(tokens: int, n_embd: int, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the model's largest kind of product, (tokens, C) x (C, 4C): the median of twenty."""
-    x = torch.randn(tokens, n_embd, device=device, dtype=dtype)
-    weight = torch.randn(4 * n_embd, n_embd, device=device, dtype=dtype)
-    times = [seconds(lambda: torch.nn.functional.linear(x, weight), device) for _ in range(25)][5:]
-    return 2 * tokens * 4 * n_embd * n_embd / statistics.median(times)
-
-
-def measure(mode: str, options: BenchOptions, train: Any) -> dict[str, Any]:
-    """One mode's figures. `train` is the module train.py, whose step is what is timed."""
-    device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    reset_peak_memory(device)
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)  # in which frozen weights stay: no second copy of a large model
-    model = GPT(SIZES[options.size])
-    torch.set_default_dtype(torch.float32)
-    model.init_weights(0)
-    defaults = modes.MODES[mode].TRAINING
-    modes.apply(model, mode, modes.MODES[mode].Options())
-    model.checkpoint = options.checkpoint
-    model.set_compute_dtype(dtype)
-    model.to(device).train()
-    optimizer = train.make_optimizer(model, defaults["lr"], defaults["weight_decay"])
-    ids = torch.randint(model.config.vocab_size, (options.batch, options.tokens)).tolist()
-    batch = [Example(row, options.tokens - options.targets, Pair("", "", "random")) for row in ids]
-
-    def step() -> None:
-        train.train_step(model, [batch], TrainOptions.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    for _ in range(2):
-        step()
-    times = [seconds(step, device) for _ in range(options.steps)]
-    peak = peak_memory(device)
-    with Meter(device.type, model.config) as meter:
-        step()
-    median, real = statistics.median(times), options.batch * (options.tokens - 1)  # the last is a target only
-    rate = matmul_rate(real, model.config.n_embd, dtype, device)
-    return {
-        "mode": mode,
-        "step_ms": median * 1e3, "step_ms_min": min(times) * 1e3, "step_ms_max": max(times) * 1e3,
-        "rows_per_second": options.batch / median, "tokens_per_second": real / median,
-        "peak_memory_bytes": peak, "flops_per_step": meter.flops, "flops_per_second": meter.flops / median,
-        "matmul_flops_per_second": rate, "share": meter.flops / median / rate}
+class TrainBenchOptions:
+    size: str = option("gpt2", "size of the model", choices=tuple(PRESETS))
+    mode: str = option("all", f"{', '.join(MODES)}, a comma list of them, or all")
+    batch: int = option(8, "rows in a step", least=1)
+    tokens: int = option(167, "tokens in a row (the default: the mean of SAMSum)", least=2)
+    ragged: bool = option(False, "rows of different lengths, drawn with a fixed seed around --tokens, new "
+                                 "ones in each step")
+    targets: int = option(27, "target tokens in a row", least=1)
+    steps: int = option(10, f"timed steps of each mode, after {WARMUP} that are not", least=1)
+    checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    rank: int | None = option(None, "LoRA's rank (default: the mode's)", least=1)
+    dropout: float | None = option(None, "LoRA's dropout (default: the mode's)", least=0, below=1)
+    kernel: str | None = option(None, "LoRA's implementation (default: auto)", choices=KERNELS)
+    dtype: str = option("auto", "compute dtype; auto: bf16 where the hardware has it", choices=DTYPES)
+    device: str = option("auto", "where to compute", choices=DEVICES)
 
 
 def bench_train(arguments: list[str]) -> None:
-    import train  # the script in the repository's root: its step is what is measured
     parser = Parser(prog="python -m minift.bench train", description=__doc__)
-    add_options(parser, "options", BenchOptions)
-    options, _ = resolve(BenchOptions, parser.parse_args(arguments), {})
-    chosen = list(modes.MODES) if options.mode == "all" else options.mode.split(",")
-    if options.size not in SIZES or not set(chosen) <= set(modes.MODES):
-        raise UserError(f"--size {options.size} --mode {options.mode}: sizes are {', '.join(SIZES)}, modes "
-                        f"{', '.join(modes.MODES)}")
-    if not 1 <= options.targets < options.tokens or min(options.batch, options.steps) < 1:
-        raise UserError(f"--tokens {options.tokens} --targets {options.targets} --batch {options.batch} "
-                        f"--steps {options.steps}: all at least 1, and fewer targets than tokens")
+    add_options(parser, "options", TrainBenchOptions)
+    options, _ = resolve(TrainBenchOptions, parser.parse_args(arguments), {})
+    names = modes.parse_modes(options.mode)
+    check(options, names)
     device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    check_kernel(options.kernel or "auto", device)
     facts = {"machine": machine_name(device), "torch": torch.__version__, **asdict(options),
-             "dtype": str(choose_dtype(options.dtype, device)).removeprefix("torch.")}
-    print(", ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
-    print("| mode      |  step ms, min to max  | rows/s | tokens/s | peak memory | GFLOP/s | of products' |")
-    print("|-----------|----------------------:|-------:|---------:|------------:|--------:|-------------:|")
-    rows = []
-    for mode in chosen:
-        row = measure(mode, options, train)
-        rows.append(row)
-        spread = f"{row['step_ms']:.0f}, {row['step_ms_min']:.0f} to {row['step_ms_max']:.0f}"
-        print(f"| {mode:9} | {spread:>21} | {row['rows_per_second']:6.2f} | "
-              f"{row['tokens_per_second']:8,.0f} | "
-              f"{compare.cell('peak_memory_bytes', row['peak_memory_bytes']):>11} | "
-              f"{row['flops_per_second'] / 1e9:7.0f} | {row['share']:12.0%} |", flush=True)
-    print(json.dumps(facts | {"rows": rows}))
+             "dtype": str(dtype).removeprefix("torch.")}
+    print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None) + "\n")
+    print(table_head(COLUMNS, WIDTHS))
+    results = []
+    for name in names:
+        result = measure(name, options, dtype, device)
+        results.append(result)
+        print(table_row(result, COLUMNS, WIDTHS), flush=True)
+    print(json.dumps(facts | {"rows": results}))
+
+
+def check(options: TrainBenchOptions, names: list[str]) -> None:
+    """Raises UserError for options that contradict each other."""
+    if options.targets >= options.tokens:
+        raise UserError(f"--targets {options.targets}: must be fewer than --tokens {options.tokens}")
+    n_positions = PRESETS[options.size].config.n_positions
+    if options.tokens > n_positions:
+        raise UserError(f"--tokens {options.tokens}: {options.size} has {n_positions} positions")
+    for name in ("rank", "dropout", "kernel"):
+        if getattr(options, name) is not None and "lora" not in names:
+            raise UserError(f"{flag(name)} is an option of mode lora: leave it out, or add lora to --mode")
+
+
+def random_model(size: str, dtype: torch.dtype) -> GPT:
+    """A model with random weights, frozen."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)  # frozen weights stay in it: a large model never exists in fp32
+    model = GPT(PRESETS[size].config)
+    torch.set_default_dtype(torch.float32)
+    model.init_weights(0)
+    return model.requires_grad_(False)
+
+
+def random_steps(options: TrainBenchOptions, model: GPT) -> list[list[Row]]:
+    """The rows of each step, warm-up included: random tokens, the last --targets of each row learned."""
+    rng = random.Random(0)
+    longest = model.config.n_positions - model.prompt_tokens
+    steps = []
+    for _ in range(WARMUP + options.steps):
+        rows = []
+        for _ in range(options.batch):
+            length = options.tokens
+            if options.ragged:
+                # log-normal, as the lengths of texts are; the first argument makes the mean --tokens
+                length = round(options.tokens * rng.lognormvariate(-SPREAD**2 / 2, SPREAD))
+                length = min(max(length, options.targets + 1), longest)
+            ids = [rng.randrange(model.config.vocab_size) for _ in range(length)]
+            rows.append(Row(ids, ((length - options.targets, length),)))
+        steps.append(rows)
+    return steps
+
+
+def measure(name: str, options: TrainBenchOptions, dtype: torch.dtype,
+            device: torch.device) -> dict[str, Any]:
+    """One mode's figures, under the names of COLUMNS. Rates are per second of the median step."""
+    reset_peak_memory(device)
+    model = random_model(options.size, dtype)
+    modes.apply(model, name, mode_options(name, options))
+    model.checkpoint = options.checkpoint
+    model.set_compute_dtype(dtype)
+    model.set_kernel(options.kernel or "auto")
+    model.to(device).train()
+    optimizer = make_optimizer(model, MODES[name].lr, MODES[name].weight_decay)
+
+    def step(rows: list[Row]) -> None:
+        train_step(model, [rows], TrainOptions.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    times, rates = [], []
+    for number, rows in enumerate(random_steps(options, model)):
+        seconds = time_call(lambda rows=rows: step(rows), device)
+        if number >= WARMUP:
+            times.append(seconds)
+            rates.append(count_tokens(rows) / seconds)
+    peak = peak_memory(device)
+    with MemoryMeter(device.type, model.config) as meter:
+        step(rows)  # once more, slower, to count its FLOPs
+
+    tokens_per_second = statistics.median(rates)
+    flops_per_second = meter.flops / count_tokens(rows) * tokens_per_second
+    C = model.config.n_embd
+    products = linear_rate(options.batch * (options.tokens - 1), C, 4 * C, dtype, device)
+    return {"mode": name, "step_ms": statistics.median(times) * 1e3, "step_ms_min": min(times) * 1e3,
+            "step_ms_max": max(times) * 1e3, "rows_per_second": options.batch / statistics.median(times),
+            "tokens_per_second": tokens_per_second, "peak_memory_bytes": peak, "flops_per_step": meter.flops,
+            "flops_per_second": flops_per_second, "matmul_flops_per_second": products,
+            "share": flops_per_second / products}
+
+
+def mode_options(name: str, options: TrainBenchOptions) -> Any:
+    """The mode's default options; LoRA takes --rank and --dropout."""
+    defaults = MODES[name].Options()
+    if name != "lora":
+        return defaults
+    given = {key: getattr(options, key) for key in ("rank", "dropout") if getattr(options, key) is not None}
+    return replace(defaults, **given)
+
+
+def count_tokens(rows: list[Row]) -> int:
+    """Tokens that the model reads: a row's last token is a target only."""
+    return sum(len(row.ids) - 1 for row in rows)

@@ -1,41 +1,53 @@
-"""Pairs in; splits, tokens, masks and batches out."""
+"""Pairs -> tokens -> batches: splits, tokens with the spans that are learned, the report, the order."""
 
 import copy
-import hashlib
 import os
 import random
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from minift.data.pairs import READERS, Pair, read_file
+from minift.data.chats import between
+from minift.data.pairs import Pair, read_file
+from minift.data.readers import FileFormat
+from minift.data.splits import cut_out, find_split_files, overlap_notes, parse_split
 from minift.errors import UserError, tokenizer_faults
 from minift.model.packing import Row
 from minift.options import option
 
-SPLIT_OF_NAME = {
-    "train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test",
-}  # fmt: skip
 POOL_BATCHES = 20  # SAMSum in batches of 8: 3 % of the tokens are padding (10: 6 %, 50: 1 %, no pools: 36 %)
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    data: str | None = option(None, "pairs: a .jsonl, .json, .csv, .tsv or .txt file, or a folder of "
+    data: str | None = option(None, "rows to learn: a file of JSON, separated values or text, or a folder of "
                                     "train, val and test")
     prompt_field: str | None = option(None, "the prompt's field (default: known names are recognised)")
     completion_field: str | None = option(None, "the completion's field (default: likewise)")
     template: str | None = option(None, "the prompt, with fields in braces: '{dialogue}\\n\\nSummary:'; "
-                                        "\\n is a line end, {{ and }} are braces")
+                                        "{?context: ...} is used where context is not blank; \\n is a line "
+                                        "end, {{ and }} are braces")
+    join: str = option(" ", "text between prompt and completion where neither has white space there; '' for "
+                            "none (default one space)")
+    turns: str = option("all", "answers of a chat that are learned", choices=("all", "last"))
+    control_tokens: str = option("tokens", "how to read names of control tokens (<|endoftext|>) in the texts",
+                                 choices=("tokens", "text"))
+    encoding: str = option("utf-8", "encoding of the files, such as cp1252")
+    delimiter: str | None = option(None, "separator of a table: ',' ';' '|' or tab (default: found out)")
+    columns: str | None = option(None, "names of a table's columns, if its first row does not give them")
     split: str = option("80,10,10", "percent of train, val and test, as far as no file gives them")
-    skip_bad: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
+    skip_bad: bool = option(False, "leave out and count malformed rows, instead of stopping at the first")
     max_length: int | None = option(None, "tokens of a row at most: prompt, completion and end-of-text "
                                           "(default: as many as the model has positions for)")
     rows: int | None = option(None, "train on the first so many usable training rows only")
+
+    @property
+    def separator(self) -> str:
+        return self.join.replace("\\n", "\n")  # as in a template
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Example(Row):
-    """A row as tokens, prompt + completion + end-of-text, and the pair that it was made of."""
+    """A row of tokens, and the pair that it was made of."""
 
     pair: Pair
 
@@ -60,155 +72,262 @@ class Example(Row):
         return self.ids[: self.spans[-1][0]]
 
 
+@dataclass
+class Counts:
+    """Counts of `encode` for the report."""
+
+    shortened: int = 0  # rows that lost the beginning of their prompt
+    joined: int = 0  # rows with `join` between prompt and completion
+    control_tokens: Counter[str] = field(default_factory=Counter)  # in the texts
+
+
 def read_pairs(options: DataOptions, seed: int) -> Pairs:
     """The pairs of a file or folder in three splits; a split whose share is 0 is empty.
 
-    What no file gives is cut out of the training file by a hash of `seed` and prompt: a prompt never stands
-    on two sides, and keeps its side when other rows come or go. Raises UserError for all that is wrong with
-    options or files.
+    Splits without a file are cut out of the training file: no prompt is in two splits. Raises UserError for
+    all that is wrong with options or files.
     """
     if not options.data:
-        raise UserError("no data: give --data a file of pairs, or a folder with train, val and test")
+        raise UserError("no data: give --data a file, or a folder with train, val and test")
     if options.rows is not None and options.rows < 1:
         raise UserError(f"--rows {options.rows}: must be 1 or more")
-    shares = _parse_split(options.split)
+    shares = parse_split(options.split)
     path = Path(options.data)
-    files = _split_files(path) if os.path.isdir(path) else {"train": path}
+    files, unused = find_split_files(path) if os.path.isdir(path) else ({"train": path}, [])
+    format = FileFormat(options.encoding, options.delimiter, options.columns)
     splits: dict[str, list[Pair]] = {"train": [], "val": [], "test": []}
     notes: list[str] = []
     for name, file in files.items():
-        splits[name], said = read_file(file, options.prompt_field, options.completion_field, options.template,
-                                       options.skip_bad)
-        notes += said
+        splits[name], file_notes = read_file(file, options.prompt_field, options.completion_field,
+                                             options.template, options.skip_bad, options.turns,
+                                             options.separator, format)
+        notes += file_notes
+    notes += unused
     missing = {name: share for name, share in shares.items() if name not in files and share}
     if missing:
-        splits |= _cut_out(files["train"], splits["train"], missing, seed)
-        sizes = ", ".join(f"{name} {len(splits[name]):,}" for name in ("train", *missing))
-        notes.append(f"{files['train'].name}: split by a hash of the prompt, rows: {sizes}")
+        parts, note = cut_out(files["train"], splits["train"], missing, seed)
+        splits |= parts
+        notes.append(note)
+    left_out = [name for name, share in shares.items() if name not in files and not share]
+    if left_out:
+        notes.append(f"no rows for {' and '.join(left_out)} (--split {options.split})")
     if options.rows is not None:
         found = len(splits["train"])
         splits["train"] = splits["train"][: options.rows]
         notes.append(f"train: the first {len(splits['train']):,} of {found:,} rows (--rows)")
-    return Pairs(**splits, notes=notes + _overlap_notes(splits))
+    return Pairs(**splits, notes=notes + overlap_notes(splits))
 
 
-def _parse_split(text: str) -> dict[str, float]:
-    try:
-        shares = [float(share) for share in text.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(0 <= share <= 100 for share in shares) or abs(sum(shares) - 100) > 1e-6:
-        raise UserError(f"--split {text!r:.40}: must be the percentages of train,val,test, such as 80,10,10")
-    if not shares[0]:
-        raise UserError(f"--split {text!r:.40}: nothing is left to train on")
-    return dict(zip(("train", "val", "test"), shares, strict=True))
+# Tokens
 
 
-def _split_files(folder: Path) -> dict[str, Path]:
-    """train, val, test -> file, in that order, as far as the folder has them; train it must have."""
-    try:
-        candidates = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
-    files: dict[str, Path] = {}
-    for path in candidates:
-        name = SPLIT_OF_NAME.get(path.stem.lower())
-        if name in files:
-            raise UserError(f"{folder}: both {files[name].name} and {path.name} are {name}, keep one of them")
-        if name:
-            files[name] = path
-    if "train" not in files:
-        there = ", ".join(path.name for path in candidates[:8]) or "no file of pairs"
-        raise UserError(f"{folder}: no train.jsonl (or {' '.join(list(READERS)[1:])}), there is {there}; "
-                        "a single file can be given to --data itself")
-    return {name: files[name] for name in ("train", "val", "test") if name in files}
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], control_tokens: str = "tokens",
+             continued: bool = False) -> list[list[int]]:
+    """Token ids of texts: nothing is added, cut or padded, whatever the tokenizer's own settings.
 
-
-def _cut_out(path: Path, pairs: list[Pair], missing: dict[str, float], seed: int) -> dict[str, list[Pair]]:
-    """`pairs` parted into train and the missing splits, whole prompts at a time. A split that its share would
-    leave empty takes the nearest prompt, so that a handful of rows is enough."""
-    prompts = {pair.prompt for pair in pairs}
-    if len(prompts) <= len(missing):
-        wanted = " + ".join(["train", *missing])
-        raise UserError(f"{path}: too few different prompts ({len(prompts)}) for {wanted}: "
-                        "add rows or change --split")
-    digests = {prompt: hashlib.sha256(f"{seed}\n{prompt}".encode()).digest() for prompt in prompts}
-    ordered = sorted(prompts, key=digests.__getitem__)
-    points = np.sort([int.from_bytes(digest[:6], "big") / 256**6 for digest in digests.values()])  # in [0, 1)
-    split_of_prompt, begin, share = dict.fromkeys(prompts, "train"), 0, 0.0
-    for left, name in zip(range(len(missing), 0, -1), reversed(missing), strict=True):  # test first
-        share += missing[name] / 100
-        end = int(np.searchsorted(points, share))
-        end = min(max(end, begin + 1), len(ordered) - left)  # one prompt for each of the splits still to come
-        split_of_prompt |= dict.fromkeys(ordered[begin:end], name)
-        begin = end
-    parts: dict[str, list[Pair]] = {name: [] for name in ("train", *missing)}
-    for pair in pairs:
-        parts[split_of_prompt[pair.prompt]].append(pair)
-    return parts
-
-
-def _overlap_notes(splits: dict[str, list[Pair]]) -> list[str]:
-    prompts = {name: {pair.prompt for pair in pairs} for name, pairs in splits.items()}
-    shared = {(a, b): len(prompts[a] & prompts[b]) for a, b in combinations(splits, 2)}
-    return [f"{b}: {count:,} of its {len(prompts[b]):,} different prompts also stand in {a}"
-            for (a, b), count in shared.items() if count]
-
-
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of plain texts: nothing is added, cut or padded, whatever the tokenizer's own settings, and a
-    special token's name in a text (`<|endoftext|>`) is text like any other."""
-    plain = copy.deepcopy(tokenizer)
-    plain.encode_special_tokens = True
-    plain.no_truncation()
-    plain.no_padding()
+    The name of a control token in a text (`<|endoftext|>`) is that token, as in transformers, or with
+    `control_tokens` "text" a text like any other. `continued`: the texts follow others in their rows, so a
+    tokenizer that puts a space before every text puts none here.
+    """
+    plain = _without_limits(tokenizer)
+    plain.encode_special_tokens = control_tokens == "text"
+    if continued and getattr(plain.pre_tokenizer, "add_prefix_space", False):
+        plain.pre_tokenizer.add_prefix_space = False
     with tokenizer_faults("the tokenizer fails on one of the texts"):
         return [encoding.ids for encoding in plain.encode_batch(texts, add_special_tokens=False)]
 
 
-def encode(pairs: list[Pair], tokenizer: Tokenizer, eos_id: int,
-           max_length: int) -> tuple[list[Example], int]:
-    """The pairs as tokens, and how many prompts lost their beginning to keep rows within `max_length`.
+def _without_limits(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that neither cuts nor pads: the caller's tokenizer stays as it is."""
+    plain = copy.deepcopy(tokenizer)
+    plain.no_truncation()
+    plain.no_padding()
+    return plain
 
-    Between prompt and completion stands one space, unless the prompt ends in white space; it belongs to the
-    completion, since GPT-2's tokens carry their space. A pair is left out if its completion and end-of-text
-    leave no room for one token of the prompt, or if either text has no tokens; length_report counts them.
-    Raises UserError if no pair is left.
+
+def start_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that the tokenizer itself puts before every text; GPT-2's puts none."""
+    with tokenizer_faults("the tokenizer fails on a text"):
+        encoding = _without_limits(tokenizer).encode("a")
+    added = encoding.special_tokens_mask
+    return encoding.ids[: added.index(0)] if 0 in added else []
+
+
+def control_names(tokenizer: Tokenizer) -> dict[int, str]:
+    """Id -> name of the tokens that are no part of plain text; runs of white space, which some vocabularies
+    add, are."""
+    added = tokenizer.get_added_tokens_decoder()
+    return {number: token.content for number, token in added.items() if token.content.strip()}
+
+
+def _pieces(pair: Pair, join: str) -> list[tuple[str, bool]]:
+    """The texts of a row that are tokenized each for itself, and whether they are learned. A prompt has the
+    same tokens without its completion: that is how it is given when the model answers."""
+    if not pair.prompt:
+        return [(pair.completion, True)]
+    pieces = []
+    end = 0
+    for begin, stop in pair.learned:
+        pieces += [(pair.prompt[end:begin], False), (pair.prompt[begin:stop], True)]
+        end = stop
+    pieces.append((pair.prompt[end:], False))
+    # The space belongs to the completion, since GPT-2's tokens carry their space.
+    pieces.append((between(pair.prompt, pair.completion, join) + pair.completion, True))
+    return pieces
+
+
+def encode(pairs: list[Pair], tokenizer: Tokenizer, eos_id: int, max_length: int, join: str = " ",
+           control_tokens: str = "tokens") -> tuple[list[Example], Counts]:
+    """The pairs as rows of tokens that end in `eos_id`, at most `max_length` long.
+
+    A prompt loses its beginning to make room. A pair is left out if its completion and end-of-text leave no
+    room for one token of the prompt, or if either text has no tokens; length_report counts them. A text
+    alone becomes windows. Raises UserError if no pair is left.
     """
     if max_length < 3:
         raise UserError(f"--max-length {max_length}: must be 3 or more: prompt, completion and end-of-text")
-    spaces = ["" if pair.prompt[-1].isspace() else " " for pair in pairs]
-    completions = [space + pair.completion for space, pair in zip(spaces, pairs, strict=True)]
-    tokens = tokenize(tokenizer, [pair.prompt for pair in pairs] + completions)
-    examples, cut = [], 0
-    for pair, prompt, completion in zip(pairs, tokens[: len(pairs)], tokens[len(pairs) :], strict=True):
-        room = max_length - len(completion) - 1
-        if room < 1 or not prompt or not completion:
+    pieces = [_pieces(pair, join) for pair in pairs]
+    firsts = tokenize(tokenizer, [row[0][0] for row in pieces], control_tokens)
+    others = tokenize(tokenizer, [text for row in pieces for text, _ in row[1:]], control_tokens, True)
+    start, names, counts = start_tokens(tokenizer), control_names(tokenizer), Counts()
+    examples = []
+    remaining = iter(others)
+    for pair, row, first in zip(pairs, pieces, firsts, strict=True):
+        tokens = [first, *(next(remaining) for _ in row[1:])]
+        counts.control_tokens.update(names[i] for ids in tokens for i in ids if i in names)
+        if not pair.prompt:
+            examples += _windows(pair, first, start or [eos_id], eos_id, max_length, tokenizer)
             continue
-        cut += len(prompt) > room
-        prompt = prompt[-room:]
-        ids = prompt + completion + [eos_id]
-        examples.append(Example(ids, ((len(prompt), len(ids)),), pair))
+        example = _make_row(pair, tokens, [learned for _, learned in row], start, eos_id, max_length)
+        if example is None:
+            continue
+        unshortened = len(start) + sum(map(len, tokens)) + (tokens[-1][-1] != eos_id)
+        counts.shortened += len(example.ids) < unshortened
+        counts.joined += bool(between(pair.prompt, pair.completion, join))
+        examples.append(_without_end(example, tokens[-1], tokenizer, eos_id))
     if pairs and not examples:
         raise UserError(f"{pairs[0].where} and every other row: no room in {max_length} tokens for completion"
                         " and a token of the prompt, raise --max-length")
-    return examples, cut
+    return examples, counts
 
 
-def length_report(name: str, pairs: list[Pair], examples: list[Example], cut: int, eos_id: int) -> str:
-    """One line on a split: rows, their lengths, how many end in end-of-text, and what `encode` left out."""
+def _make_row(pair: Pair, tokens: list[list[int]], learned: list[bool], start: list[int], eos_id: int,
+              max_length: int) -> Example | None:
+    """Start, prompt, completion and end-of-text, or None if there is no room. `tokens` are those of the
+    pieces, the last of which is the completion."""
+    *before, completion = tokens
+    end = [] if completion[-1:] == [eos_id] else [eos_id]
+    prompt = [i for ids in before for i in ids]
+    room = max_length - len(start) - len(completion) - len(end)
+    if room < 1 or not prompt or not completion:
+        return None
+    dropped = max(0, len(prompt) - room)
+    ids = start + prompt[dropped:] + completion + end
+    spans = []
+    at = len(start) - dropped  # the place of a piece in the row; before the row for what is dropped
+    for piece, is_learned in zip(before, learned, strict=False):
+        begin, at = max(at, len(start), 1), at + len(piece)
+        if is_learned and begin < at:
+            spans.append((begin, at))
+    spans.append((at, len(ids)))
+    return Example(ids, tuple(spans), pair)
+
+
+def _without_end(example: Example, completion: list[int], tokenizer: Tokenizer, eos_id: int) -> Example:
+    """The reference that is scored lacks an end-of-text that the file has: an answer ends before it."""
+    name = tokenizer.id_to_token(eos_id)
+    if completion[-1] != eos_id or not name or not example.pair.completion.endswith(name):
+        return example
+    return replace(example, pair=replace(example.pair, completion=example.pair.completion.removesuffix(name)))
+
+
+def _windows(pair: Pair, text: list[int], start: list[int], eos_id: int, max_length: int,
+             tokenizer: Tokenizer) -> list[Example]:
+    """A text alone: every token is learned, once. It begins after an end-of-text, as the texts did that GPT-2
+    learned from, and a window begins with the last token of the one before."""
+    if not text:
+        return []
+    ids = text if text[: len(start)] == start else start + text
+    ids = ids if text[-1] == eos_id else [*ids, eos_id]
+    step = max_length - 1
+    rows = []
+    for number, begin in enumerate(range(0, len(ids) - 1, step), 1):
+        window = ids[begin : begin + max_length]
+        part = pair
+        if len(ids) > max_length:
+            where = pair.where if number == 1 else f"{pair.where} window {number}"
+            said = window[1:-1] if window[-1] == eos_id else window[1:]
+            part = replace(pair, completion=tokenizer.decode(said, skip_special_tokens=False), where=where)
+        rows.append(Example(window, ((1, len(window)),), part))
+    return rows
+
+
+# The report
+
+
+def length_report(name: str, pairs: list[Pair], examples: list[Example], counts: Counts, eos_id: int) -> str:
+    """One line on a split: rows, their lengths, how many end in end-of-text, and the rows left out."""
     if not examples:
         return f"{name}: no rows"
     lengths = [len(example.ids) for example in examples]
     median, most, longest = np.percentile(lengths, [50, 95, 100], method="inverted_cdf")
     ended = sum(example.ids[-1] == eos_id for example in examples) / len(examples)
     line = (f"{name}: {len(examples):,} rows, tokens median {median} / 95 % {most} / max {longest}, "
-            f"{ended:.0%} end in end-of-text, prompts cut: {cut:,}")
-    if len(examples) < len(pairs):
-        kept = {id(example.pair) for example in examples}
-        first = next(pair.where for pair in pairs if id(pair) not in kept)
-        line += f", dropped for a completion that does not fit: {len(pairs) - len(examples):,}, first {first}"
+            f"{ended:.0%} end in end-of-text, prompts cut: {counts.shortened:,}")
+    texts = sum(not pair.prompt for pair in pairs)
+    if texts:
+        line += f", cut from {texts:,} texts, each begins after an end-of-text"
+    kept = {example.pair.where for example in examples}
+    dropped = [pair for pair in pairs if pair.where not in kept]
+    if dropped:
+        line += f", dropped for a completion that does not fit: {len(dropped):,}, first {dropped[0].where}"
     return line
+
+
+def _text_report(counts: list[Counts], rows: int, options: DataOptions) -> list[str]:
+    """What stands between prompts and completions, and the control tokens in the texts."""
+    lines = []
+    joined = sum(each.joined for each in counts)
+    if joined:
+        join = "one space" if options.separator == " " else repr(options.separator)
+        lines.append(f"{join} put between prompt and completion: {joined:,} of {rows:,} rows, where neither "
+                     "has white space there (--join)")
+    found = sum((each.control_tokens for each in counts), Counter())
+    if found:
+        names = ", ".join(f"{name} {count:,}" for name, count in found.most_common(8))
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        lines.append(f"control tokens in the texts: {names}{more} (--control-tokens text reads them as text)")
+    return lines
+
+
+def load_examples(options: DataOptions, seed: int, tokenizer: Tokenizer, eos_id: int, room: int,
+                  limits: dict[str, int | None]) -> tuple[dict[str, list[Example]], list[str]]:
+    """The splits named in `limits` as tokens, at most so many rows of each, and the report to print.
+
+    A row takes at most `room` of the model's positions, or --max-length if that is less. Raises UserError.
+    """
+    pairs = read_pairs(options, seed)
+    examples, lines, counts = {}, list(pairs.notes), []
+    max_length = min(options.max_length or room, room)
+    for name, limit in limits.items():
+        some = getattr(pairs, name)[:limit]
+        examples[name], count = encode(some, tokenizer, eos_id, max_length, options.separator,
+                                       options.control_tokens)
+        examples[name] = examples[name][:limit]  # a text alone becomes several rows
+        lines.append(length_report(name, some, examples[name], count, eos_id))
+        counts.append(count)
+    return examples, lines + _text_report(counts, sum(map(len, examples.values())), options)
+
+
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8. Raises UserError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+# Batches
 
 
 def file_batches(examples: list[Example], batch_size: int) -> list[list[Example]]:
@@ -222,8 +341,6 @@ def batches(examples: list[Example], batch_size: int, seed: int, epoch: int) -> 
     Random pools of POOL_BATCHES batches (fewer if that makes fewer than four pools, so that a row's company
     changes) are sorted by length and cut; then the batches are shuffled. One batch may be smaller.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: must be 1 or more")
     generator = random.Random(f"{seed} {epoch}")
     shuffled = generator.sample(examples, len(examples))
     pool = batch_size * max(1, min(POOL_BATCHES, len(examples) // batch_size // 4))
@@ -233,26 +350,3 @@ def batches(examples: list[Example], batch_size: int, seed: int, epoch: int) -> 
         cut += [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
     generator.shuffle(cut)
     return cut
-
-
-def load_examples(options: DataOptions, seed: int, tokenizer: Tokenizer, eos_id: int, room: int,
-                  limits: dict[str, int | None]) -> tuple[dict[str, list[Example]], list[str]]:
-    """The splits named in `limits` as tokens, at most so many rows of each, and the report to print.
-
-    A row takes at most `room` of the model's positions, or --max-length if that is less. Raises UserError.
-    """
-    pairs = read_pairs(options, seed)
-    examples, lines = {}, list(pairs.notes)
-    for name, limit in limits.items():
-        some = getattr(pairs, name)[:limit]
-        examples[name], cut = encode(some, tokenizer, eos_id, min(options.max_length or room, room))
-        lines.append(length_report(name, some, examples[name], cut, eos_id))
-    return examples, lines
-
-
-def read_text(path: str | Path) -> str:
-    """A text file in UTF-8. Raises UserError."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minift.distributed import is_main
 from minift.errors import UserError
 
 T = TypeVar("T")
@@ -17,8 +18,11 @@ JSON_NAMES = {dict: "an object", list: "a list", str: "a string"}
 def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
     """Replace a file by these bytes-like chunks.
 
-    A failure or a crash at any moment leaves the previous file whole. Raises UserError when the disk refuses.
+    A failure or a crash at any moment leaves the previous file whole. Of several processes rank 0 alone writes. Raises
+    UserError when the disk refuses.
     """
+    if not is_main():
+        return
     # in the same folder, so that it lies on the same file system and can be renamed
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,147 +1,121 @@
 """GPT-2 weights in and out: a Hugging Face folder, or a model of the Hub by name.
 
 Loading compares names and shapes exactly and names every difference. Files keep GPT-2's Conv1D layout, (in,
-out); the model's linear layers are (out, in), and the four kinds of matrix below are turned round on the way.
+out); the model's linear layers are (out, in), so the four kinds of matrix below are transposed.
 """
 
 import hashlib
-import json
 import re
-import shutil
 import warnings
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from minift.device import configure_process, release_pages
-from minift.errors import UserError, tokenizer_faults
-from minift.files import safetensors
-from minift.model.gpt import GPT, GPTConfig
+from minift.errors import UserError
+from minift.files import atomic, safetensors
+from minift.files.gpt2_config import read_config, saved_config
+from minift.files.hub import PRESETS, find_folder
+from minift.files.tokenizer import FILES as TOKENIZER_FILES
+from minift.files.tokenizer import begin_of_text, end_of_text, load_tokenizer, token_ids
+from minift.model.gpt import GPT, GPTConfig, compare_shapes
 
-HUB = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "distilgpt2": "distilbert/distilgpt2",
-}
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
-OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old files carry along
+TIED_HEADS = ("lm_head.weight", "lm_head.decoder.weight")  # names of the token embedding as output head
+GPT2_MODULES = ("transformer", "wte", "wpe", "h", "ln_f", "lm_head")
+OTHER_HEADS = ("multiple_choice_head", "score", "classifier", "qa_outputs", "v_head")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded model with what belongs to it. `model` is frozen and stays untouched: a run tunes a shared copy."""
+    """A loaded base: the model, and where it comes from.
+
+    The model is frozen, in fp32, on the CPU or on the meta device. `name` is what the user wrote; `folder` is
+    None for a preset that was not fetched; `fingerprint` is None without weights. `bos_token_id` goes before
+    every prompt, if it is not None. `eos_token_id` ends every row; None where no file names a token of the
+    vocabulary. `notes` are lines to print.
+    """
 
     name: str
-    folder: Path
+    folder: Path | None
     model: GPT
     tokenizer: Tokenizer | None
     fingerprint: str | None
-
-    @property
-    def eos_token_id(self):
-        return self.model.config.eos_token_id
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load(name: str) -> Base:
+    """The base of a folder's path or a name of the Hub (see find_folder).
+
+    Weights of a safetensors file stay mapped from it until a change of dtype or training needs a copy. Raises
+    UserError.
+    """
     configure_process()
-    base = load_on_meta(name)
-    folder, model = base.folder, base.model
-    tensors = canonical(read_tensors(folder), str(folder))
-    check_tensors(tensors, {key: p.shape for key, p in model.named_parameters()}, str(folder))
+    base = read_folder(name, find_folder(name))
+    tensors, notes = use_gpt2_names(read_tensors(base.folder), str(base.folder))
+    check_tensors(tensors, base.model, str(base.folder))
     for key in filter(CONV1D.fullmatch, list(tensors)):
         tensors[key] = tensors[key].T
-    model.load_state_dict(tensors, assign=True)
-    model.requires_grad_(False)
-    return replace(base, fingerprint=fingerprint(model))
+    base.model.load_state_dict(tensors, assign=True)
+    base.model.requires_grad_(False)
+    return replace(base, fingerprint=fingerprint(base.model), notes=(*base.notes, *notes))
 
 
 def load_on_meta(name: str) -> Base:
-    folder = find_folder(name)
-    config = GPTConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
-    if config.n_layer > 1000:
-        raise UserError(f"{folder / 'config.json'}: n_layer is {config.n_layer}, and 1,000 is as far as this "
-                        "goes")
+    """The same without weights: a model on the meta device. A preset's name needs no network. Raises
+    UserError."""
+    if name in PRESETS:
+        config = PRESETS[name].config
+        return Base(name, None, build_on_meta(config, name), None, None, eos_token_id=config.eos_token_id)
+    return read_folder(name, find_folder(name))
+
+
+def read_folder(name: str, folder: Path) -> Base:
+    """Everything of a folder but its weights."""
+    config, raw = read_config(folder)
+    tokenizer, settings, notes = load_tokenizer(folder, raw, config.vocab_size)
+    eos, more = end_of_text(folder, raw, tokenizer, settings, config.vocab_size)
+    bos = begin_of_text(tokenizer) if tokenizer is not None else None
+    model = build_on_meta(replace(config, eos_token_id=eos), str(folder / "config.json"))
+    return Base(name, folder, model, tokenizer, None, bos, eos, (*notes, *more))
+
+
+def build_on_meta(config: GPTConfig, where: str) -> GPT:
+    """A frozen model without weights. Raises UserError for sizes that no tensor can have."""
     try:
         with torch.device("meta"):
-            model = GPT(config)
-    except (RuntimeError, OverflowError, TypeError) as error:  # a tensor too large for torch to describe
+            return GPT(config).requires_grad_(False)
+    except (RuntimeError, OverflowError, TypeError) as error:
         why = str(error).splitlines()[0][:100]
-        raise UserError(f"{folder / 'config.json'}: no model can have these sizes: {why}") from None
-    return Base(name, folder, model, load_tokenizer(folder, config), None)
-
-
-def find_folder(name: str) -> Path:
-    """A bare name means the Hub, anything with a separator (or a leading dot or ~) a folder."""
-    if name in HUB:
-        return download(name)
-    if not re.search(r"[/\\]|^[.~]", name):
-        hint = f" (a folder of that name is here: write ./{name})" if Path(name).is_dir() else ""
-        raise UserError(f"--model {name}: not a model of the Hub that is known here: {', '.join(HUB)}{hint}; "
-                        "a folder is written as a path, such as ./my-gpt2")
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"--model {name}: there is no such folder; it must hold config.json, the weights "
-                        "(model.safetensors or pytorch_model.bin) and tokenizer.json or vocab.json + "
-                        "merges.txt")
-    return folder
-
-
-def download(name: str) -> Path:
-    """A model of the Hub, from the cache or over the network, with huggingface_hub's progress bars."""
-    wanted = ["config.json", "model.safetensors", *TOKENIZER_FILES, *OTHER_FILES]
-    by_hand = (f"put config.json, model.safetensors, vocab.json and merges.txt of huggingface.co/{HUB[name]} "
-               f"into a folder and pass its path, such as --model ./{name}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"--model {name} needs the package huggingface_hub, which tokenizers brings along; "
-                        f"or {by_hand}") from None
-    try:
-        return Path(snapshot_download(HUB[name], allow_patterns=wanted))
-    except Exception as error:  # a network can fail in many ways, and each of them has the same remedy
-        why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"--model {name} could not be fetched from the Hub ({why}); without a network, "
-                        f"{by_hand}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: a model's folder needs it") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, and must hold a JSON object")
-    return value
+        raise UserError(f"{where}: no model can have these sizes: {why}") from None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder under the names that its files use."""
-    if (folder / "model.safetensors").is_file():
-        return safetensors.read(folder / "model.safetensors")[0]
-    if (folder / "model.safetensors.index.json").is_file():
-        return read_shards(folder / "model.safetensors.index.json")
-    if (folder / "pytorch_model.bin").is_file():
-        return read_bin(folder / "pytorch_model.bin")
-    raise UserError(f"{folder} holds no weights: there must be model.safetensors, "
-                    "model.safetensors.index.json with "
-                    "its shards, or pytorch_model.bin")
+    """All tensors of a folder under the names that its files use, in transformers' order of preference."""
+    kinds: list[tuple[str, Callable[[Path], dict[str, Tensor]]]] = [
+        ("model.safetensors", lambda path: safetensors.read(path)[0]),
+        ("pytorch_model.bin", read_bin),
+    ]
+    for file, read in kinds:
+        if (folder / file).is_file():
+            return read(folder / file)
+        if (folder / f"{file}.index.json").is_file():
+            return read_shards(folder / f"{file}.index.json", read)
+    raise UserError(f"{folder} holds no weights: there must be model.safetensors, pytorch_model.bin, or the "
+                    "index.json of one of them with its shards")
 
 
-def read_shards(index: Path) -> dict[str, Tensor]:
+def read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The shards that an index lists; each tensor must lie in the shard that the index says."""
-    listed = read_json(index).get("weight_map")
+    listed = atomic.read_json(index, dict).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(f"{index}: weight_map must map tensor names to file names")
     tensors: dict[str, Tensor] = {}
@@ -151,7 +125,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
                             "opened")
         if not (index.parent / file).is_file():
             raise UserError(f"{index} lists {file}, which is missing: fetch it again")
-        found = safetensors.read(index.parent / file)[0]
+        found = read(index.parent / file)
         wrong = sorted(set(found) ^ {name for name, shard in listed.items() if shard == file})
         if wrong:
             raise UserError(f"{index} and {file} disagree on these tensors: {', '.join(wrong)}")
@@ -160,9 +134,9 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def read_bin(path: Path) -> dict[str, Tensor]:
-    """A state dict written by torch.save, read with weights_only=True: no pickled code is ever run."""
+    """A state dict written by torch.save. weights_only=True: no pickled code is ever run."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a pickle's age: it is read or refused either way
+        with warnings.catch_warnings(action="ignore"):  # about old pickle protocols
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged or a hostile file
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -172,60 +146,57 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def canonical(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """GPT-2's names without `transformer.`, without mask buffers and without the tied head; values in
-    fp32."""
+def use_gpt2_names(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors in fp32 under the model's names, and notes to print.
+
+    `transformer.` is taken off the names; mask buffers, the tied head and a second head are left out. Raises
+    UserError.
+    """
+    has_prefix = any(name.startswith("transformer.") for name in tensors)
     result: dict[str, Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    left_out = set()
     for name in list(tensors):
         tensor = tensors.pop(name)  # freed as soon as it is converted
+        module = name.partition(".")[0]
         short = name.removeprefix("transformer.")
         if MASK_BUFFER.fullmatch(short):
             continue
+        if module in OTHER_HEADS or has_prefix and module not in GPT2_MODULES:
+            left_out.add(module)
+            continue
         if short in result:
-            raise UserError(f"{where}: {short} stands there twice, with and without 'transformer.'")
+            raise UserError(f"{where}: {short} is there twice, with and without 'transformer.'")
         if tensor.dtype not in FLOATS:
             raise UserError(f"{where}: {name} is {tensor.dtype}; weights must be fp32, fp16 or bf16")
-        result[short] = tensor.float()
-    head = result.pop("lm_head.weight", None)
-    if head is not None and "wte.weight" in result and not torch.equal(head, result["wte.weight"]):
-        raise UserError(f"{where}: lm_head.weight differs from wte.weight; GPT-2's head is tied, and an "
-                        "untied one is not supported")
-    return result
-
-
-def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], where: str) -> None:
-    """Names and shapes must be the model's, exactly; every difference is named in one error."""
-    faults = [f"{name} is missing" for name in shapes if name not in tensors]
-    faults += [f"{name} is not a tensor of this model" for name in tensors if name not in shapes]
-    for name in shapes.keys() & tensors.keys():
-        shape = tuple(shapes[name][::-1] if CONV1D.fullmatch(name) else shapes[name])
-        if tuple(tensors[name].shape) != shape:
-            faults.append(f"{name} is {tuple(tensors[name].shape)}, and config.json asks for {shape}")
-    if faults:
-        raise UserError(f"{where}: {len(faults)} tensors do not fit: {'; '.join(sorted(faults))}")
-
-
-def load_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer | None:
-    """From tokenizer.json, or from vocab.json + merges.txt; None when the folder has neither."""
-    whole, vocab, merges = (folder / file for file in TOKENIZER_FILES)
-    with tokenizer_faults(f"{folder}: the tokenizer's files cannot be read"):
-        if whole.is_file():
-            tokenizer = Tokenizer.from_file(str(whole))
-        elif vocab.is_file() and merges.is_file():
-            tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+        if short in TIED_HEADS:
+            heads[short] = tensor.float()
         else:
-            return None
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.decode(tokenizer.encode("It works.").ids)
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if highest >= config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has token {highest}, and config.json a vocabulary of "
-                        f"{config.vocab_size}: they do not belong together")
-    return tokenizer
+            result[short] = tensor.float()
+
+    for name, head in heads.items():  # some writers keep only this name of the tied pair
+        embedding = result.setdefault("wte.weight", head)
+        if not torch.equal(head, embedding):
+            raise UserError(f"{where}: {name} differs from wte.weight; GPT-2's head is tied, and an untied "
+                            "one is not supported")
+    notes = [f"{where}: {name} is left out: a head that the language model does not use"
+             for name in sorted(left_out)]
+    return result, notes
+
+
+def check_tensors(tensors: dict[str, Tensor], model: GPT, where: str) -> None:
+    """Names and shapes must be the model's, exactly. Raises UserError with every difference."""
+    expected = shapes(model)
+    for name in filter(CONV1D.fullmatch, expected):
+        expected[name] = torch.Size(reversed(expected[name]))
+    differences = compare_shapes(expected, {name: tensor.shape for name, tensor in tensors.items()})
+    if differences:
+        some = "; ".join(differences[:20]) + ("; ..." if len(differences) > 20 else "")
+        raise UserError(f"{where}: {len(differences)} tensors do not fit config.json: {some}")
+
+
+def shapes(model: GPT) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 @torch.no_grad()
@@ -251,28 +222,33 @@ def make_folder(folder: Path) -> None:
 
 @torch.no_grad()
 def save_folder(base: Base, model: GPT, folder: Path) -> None:
-    """Write a plain GPT-2 as a Hugging Face folder, in fp32: config.json, model.safetensors, the tokenizer's
-    files.
+    """Write `model`, tuned from `base` and merged (modes.merge), as a Hugging Face folder in fp32.
 
-    The model must hold GPT-2's parameters and no others (see modes.merge). The folder must be new or empty.
+    The folder must be new or empty. Raises UserError.
     """
-    make_folder(folder)
-    with torch.device("meta"):
-        names = list(GPT(model.config).state_dict())
-    state = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     tensors = {}
-    for name in names:
-        tensor = state[name].T if CONV1D.fullmatch(name) else state[name]
-        tensors[f"transformer.{name}"] = tensor.float().contiguous()
-    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+    for name in shapes(build_on_meta(model.config, str(folder))):  # a merged model may still have other ones
+        tensor = parameters[name].T if CONV1D.fullmatch(name) else parameters[name]
+        tensors[f"transformer.{name}"] = tensor.float()
+    raw = {} if base.folder is None else atomic.read_json(base.folder / "config.json", dict)
+
+    make_folder(folder)
+    atomic.write_json(folder / "config.json", saved_config(raw, model.config, base.eos_token_id))
     if base.folder is not None:
-        config |= read_json(base.folder / "config.json")
-        for file in (*TOKENIZER_FILES, *OTHER_FILES):
-            if (base.folder / file).is_file():
-                shutil.copyfile(base.folder / file, folder / file)
-    config |= asdict(model.config) | {"dtype": "float32", "tie_word_embeddings": True}
-    config.pop("torch_dtype", None)  # the older name of dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES) and base.tokenizer is not None:
-        base.tokenizer.save(str(folder / "tokenizer.json"))
+        copy_tokenizer(base, folder)
+    elif base.tokenizer is not None:
+        atomic.write_text(folder / "tokenizer.json", base.tokenizer.to_str(pretty=True))
     safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
+
+
+def copy_tokenizer(base: Base, folder: Path) -> None:
+    """The tokenizer's files, so that transformers gives the base's token ids and stops at its end-of-text."""
+    for file in TOKENIZER_FILES:
+        if (base.folder / file).is_file():
+            atomic.write_atomically(folder / file, [(base.folder / file).read_bytes()])
+    path = folder / "generation_config.json"
+    if path.is_file() and base.eos_token_id is not None:
+        generation = atomic.read_json(path, dict)
+        if base.eos_token_id not in token_ids(generation, path):
+            atomic.write_json(path, generation | {"eos_token_id": base.eos_token_id})

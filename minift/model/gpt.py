@@ -27,13 +27,13 @@ from minift.errors import UserError
 from minift.model.cache import KVCache
 from minift.model.packing import Batch, Row, pack
 from minift.ops.attention import PackedRows, attention
-from minift.ops.cross_entropy import head_loss
-from minift.ops.gelu import gelu_new
+from minift.ops.cross_entropy import cross_entropy
+from minift.ops.gelu import gelu_tanh
 from minift.ops.linear import linear
 
 ACTIVATIONS = {
-    "gelu_new": gelu_new,
-    "gelu_pytorch_tanh": gelu_new,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
@@ -55,40 +55,7 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
-    eos_token_id: int = 50256
-
-    @classmethod
-    def from_json(cls, raw: dict[str, Any], where: str) -> "GPTConfig":
-        """From a parsed config.json; `where` names the file in errors. Raises UserError for what is not
-        GPT-2."""
-        if raw.get("model_type") != "gpt2":
-            raise UserError(f"{where}: model_type is {raw.get('model_type')!r}, and only 'gpt2' can be "
-                            "loaded")
-        kinds = {int: "a positive whole number", float: "0 or more", bool: "true or false", str: "a text"}
-        values = {}
-        for name, kind in cls.__annotations__.items():
-            value = raw.get(name, getattr(cls, name))
-            base = int if kind == int | None else kind
-            if value is None and kind == int | None:
-                values[name] = None
-                continue
-            right = type(value) in ((int, float) if base is float else (base,))
-            least = 1 if base is int and name != "eos_token_id" else 0
-            if not right or (base in (int, float) and not least <= value < math.inf):
-                raise UserError(f"{where}: {name} is {value!r:.80}, and must be {kinds[base]}")
-            values[name] = value
-        config = cls(**values)
-        if config.activation_function not in ACTIVATIONS:
-            raise UserError(f"{where}: activation_function {config.activation_function!r} is not known here; "
-                            f"known: {', '.join(ACTIVATIONS)}")
-        if config.n_embd % config.n_head:
-            raise UserError(f"{where}: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
-        if config.eos_token_id >= config.vocab_size:
-            raise UserError(f"{where}: eos_token_id {config.eos_token_id} lies outside the vocabulary of "
-                            f"{config.vocab_size} tokens")
-        if raw.get("add_cross_attention"):
-            raise UserError(f"{where}: add_cross_attention is set, and this is a decoder-only GPT-2")
-        return config
+    eos_token_id: int | None = 50256
 
     @property
     def mlp_width(self) -> int:
@@ -102,6 +69,7 @@ class Linear(nn.Linear):
     kernel = "auto"  # the implementation of a low-rank update, where a subclass has one; see GPT.set_kernel
 
     def forward(self, x: Tensor) -> Tensor:
+        # .to() returns the tensor itself where the dtype is right already
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return linear(x, self.weight.to(x.dtype), bias)
 
@@ -131,8 +99,9 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.prefix: nn.Module | None = None
         self.layer, self.n_head = layer, config.n_head
+        # scores are scaled by 1 / sqrt(hs), so that softmax does not saturate for wide heads
         self.scale = 1 / math.sqrt(config.n_embd // config.n_head) if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
+        if config.scale_attn_by_inverse_layer_idx:  # of Mistral's GPT-2: against overflow in fp16
             self.scale /= layer + 1
 
     def forward(self, x: Tensor, rows: PackedRows, dropout: float = 0.0, cache: KVCache | None = None,
@@ -140,12 +109,13 @@ class Attention(nn.Module):
         """Attention within each packed row, (N, C) -> (N, C), or (n, C) of the tokens that `positions` (n,)
         index. A `cache` takes the keys and values."""
         qkv = self.c_attn(x)  # (N, C) -> (N, 3C)
+        # before the cache, so that decoding sees the prefix without knowing of it
         if self.prefix is not None:
             qkv = put_prefix(qkv, self.prefix.weight.to(qkv.dtype), rows.positions)
         if cache is not None:
             cache.prefill(self.layer, qkv, rows)
         y = attention(qkv, rows, self.n_head, self.scale, dropout)  # (N, C)
-        return self.c_proj(select_tokens(y, positions))
+        return self.c_proj(select_tokens(y, positions))  # (n, C)
 
     def next(self, x: Tensor, cache: KVCache) -> Tensor:
         """The same for one new token in each of the cache's rows, (B, C) -> (B, C)."""
@@ -170,7 +140,8 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
+        x = self.activation(self.c_fc(x))  # (N, C) -> (N, 4C)
+        return self.c_proj(x)  # (N, 4C) -> (N, C)
 
 
 class Block(nn.Module):
@@ -251,6 +222,7 @@ class GPT(nn.Module):
             if parameter.dim() == 1:
                 parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
             else:
+                # two residual additions in each block: their variances add up to that of one
                 std = 0.02 / (math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1)
                 parameter.data.normal_(0.0, std, generator=generator)
 
@@ -263,8 +235,9 @@ class GPT(nn.Module):
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token ids (N,) at positions (N,) of their rows -> the first block's input (N, C)."""
-        x = self.wte(tokens)
+        x = self.wte(tokens)  # (N, C)
         if self.prompt is not None:
+            # the first P positions of each row take the soft prompt; their token ids mean nothing
             soft = self.prompt.weight.to(x.dtype)
             soft = F.embedding(positions.clamp(max=len(soft) - 1), soft)  # (P, C) -> (N, C)
             x = torch.where((positions < self.prompt_tokens)[:, None], soft, x)
@@ -287,7 +260,8 @@ class GPT(nn.Module):
         dropout = self.dropout if self.training else 0.0
         x = F.dropout(self.embed(batch.tokens, rows.positions), dropout)
         for block in self.h:
-            # after the last block's attention only the selected tokens are needed
+            # after the last block's attention only the selected tokens are needed: in training the targets, some
+            # 15 % of the tokens. A layer that counts on every token of its rows must get them all.
             selected = positions if block is self.h[-1] and not self.per_row_layers else None
             if self.checkpoint and self.training:
                 x = checkpoint(block, x, rows, dropout, cache, selected, use_reentrant=False)
@@ -308,7 +282,7 @@ class GPT(nn.Module):
         return self.ln_f(x)[cache.inverse_order]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., V) in fp32; the head is the token embedding."""
+        """(..., C) -> (..., V) in fp32; the head is the token embedding (tied weights)."""
         return linear(hidden, self.wte.weight.to(hidden.dtype), None).float()
 
     def loss(self, batch: Batch) -> Tensor:
@@ -316,7 +290,7 @@ class GPT(nn.Module):
         meet the vocabulary. Validation and scores do not use it (minift/report/metrics.py)."""
         filler = -len(batch.target_positions) % 64  # each step has its own n: round it for few shapes
         hidden = self.hidden(batch, F.pad(batch.target_positions, (0, filler)))  # (n + filler, C)
-        return head_loss(hidden, self.wte.weight, batch.targets)
+        return cross_entropy(hidden, self.wte.weight, batch.targets)
 
     # ---- how it computes
 
@@ -329,7 +303,9 @@ class GPT(nn.Module):
             # a frozen weight that needs no conversion may stay mapped from its file, transposed
             if parameter.requires_grad or parameter.dtype != stored:
                 source = parameter.data
-                parameter.data = source.to(stored).contiguous()
+                # a tuned weight is copied even in the right dtype: the optimizer must not change a shared base
+                parameter.data = source.to(stored, copy=parameter.requires_grad,
+                                           memory_format=torch.contiguous_format)
                 release_pages(source)  # of the base's file, which need not stay in memory beside the copy
 
     def set_kernel(self, kernel: str) -> None:
@@ -357,3 +333,13 @@ class GPT(nn.Module):
         a tuned file loaded: both put new tensors in the place of shared ones, so this model does not change."""
         shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in self.parameters()}
         return copy.deepcopy(self, shared)
+
+
+def compare_shapes(expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> list[str]:
+    """Every difference between the expected names and shapes and those found, one phrase each."""
+    differences = [f"{name} is missing" for name in expected if name not in found]
+    differences += [f"{name} is not expected" for name in found if name not in expected]
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            differences.append(f"{name} is {tuple(found[name])} and not {tuple(shape)}")
+    return sorted(differences)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from minift.distributed import copy_from_rank0
 from minift.errors import UserError
-from minift.model.gpt import GPT
+from minift.model.gpt import GPT, compare_shapes
 from minift.modes.mode import Mode
 
 NAMES = (  # the registry: a mode's line here is the name of its file
@@ -72,20 +72,9 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def check_tuned(model: GPT, tensors: dict[str, Tensor], source: str) -> None:
     """Raises UserError, with every difference, unless the names and shapes of a tuned file are those that train
     in this model."""
-    expected = {name: tuple(p.shape) for name, p in tuned_parameters(model).items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    if faults := compare_shapes(expected, found):
+    expected = {name: p.shape for name, p in tuned_parameters(model).items()}
+    if faults := compare_shapes(expected, {name: t.shape for name, t in tensors.items()}):
         raise UserError(f"{source} does not fit the model and options it names: {'; '.join(faults)}")
-
-
-def compare_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
-    """Each difference between two sets of named shapes, as a phrase."""
-    faults = [f"{name} is missing" for name in expected if name not in found]
-    faults += [f"{name} is not expected" for name in found if name not in expected]
-    for name, shape in expected.items():
-        if name in found and found[name] != shape:
-            faults.append(f"{name} is {found[name]} and not {shape}")
-    return faults
 
 
 def load_tuned(model: GPT, tensors: dict[str, Tensor], source: str) -> None:

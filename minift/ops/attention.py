@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minift import ops
-from minift.ops.lora import dropped
+from minift.ops.dropout import drop
 
 # oneDNN compiles one kernel for each shape of a matrix product. With row lengths and their total rounded up,
 # ragged batches share a few shapes.
@@ -286,4 +286,4 @@ def dropout_probs(probs: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """Dropout with a mask that depends on the seed alone, so that the backward pass draws the same one."""
     if not dropout:
         return probs
-    return dropped([probs.flatten(0, 1)], dropout, seed)[0].view_as(probs) / (1 - dropout)
+    return drop([probs.flatten(0, 1)], dropout, seed)[0].view_as(probs) / (1 - dropout)

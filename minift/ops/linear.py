@@ -1,5 +1,6 @@
-"""y = x W^T + b, forward and backward, as fast as a CPU makes it.
+"""y = x W^T + b.
 
+The fast version is for bf16 on a CPU, where oneDNN computes the products and some shapes are slow.
 Letters in shape comments: M tokens, K inputs, N outputs.
 """
 
@@ -10,64 +11,88 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minift import ops
 from minift.device import uses_onednn_bf16
 
-FEW = 32  # tokens
+SMALL_M = 32  # up to so many tokens, as in decoding, the matrix is the left factor
+MIN_PARALLEL_N = 1280  # from about so many outputs on, oneDNN uses all threads at every M
 
 
-def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (M, K) times matrix (K, N), plus bias (N).
-
-    oneDNN leaves products in bf16 of 0.75 N to 2 N tokens with fewer than some 1,280 outputs to one thread.
-    In pieces it shares them: 1.8 times as fast with 768 outputs on two cores with AMX. And it packs the right
-    matrix anew in each product: few tokens had better stand there, as in decoding, 1.5 times as fast.
-    """
-    (M, _), N, onednn = x.shape, matrix.shape[1], uses_onednn_bf16(x.device, x.dtype)
-    turned = matrix.T.is_contiguous()  # as a weight is, unless it is mapped from one of GPT-2's files
-    if onednn and turned and M <= FEW:
-        y = (matrix.T @ x.T).T
-        return y.contiguous() if bias is None else torch.add(y, bias, out=x.new_empty(M, N))
-    if not onednn or N >= 1280 or not 0.75 * N <= M < 2 * N:
-        if bias is None:
-            return x @ matrix
-        if onednn and turned:  # addmm would fill y with the bias first
-            return torch.ops.mkldnn._linear_pointwise(x, matrix.T, bias, "none", [], "")
-        return torch.addmm(bias, x, matrix)
-    y = x.new_empty(M, N)
-    rows, columns = (M, math.ceil(N / 2)) if M >= 1.5 * N else (max(1, 2 * N // 3), N)
-    for some, out in zip(x.split(rows), y.split(rows), strict=True):
-        for i in range(0, N, columns):
-            part = slice(i, i + columns)
-            if bias is None:
-                torch.mm(some, matrix[:, part], out=out[:, part])
-            else:
-                torch.addmm(bias[part], some, matrix[:, part], out=out[:, part])
-    return y
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K), weight (N, K), bias (N,) or None -> (..., N)."""
+    return F.linear(x, weight, bias)
 
 
-class PiecewiseLinear(torch.autograd.Function):
-    """F.linear by `product`. Keeps x only where the matrix trains."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K), weight (N, K), bias (N,) or None, all of one dtype -> (..., N)."""
+    if ops.plain or not uses_onednn_bf16(x.device, x.dtype):
+        return linear_reference(x, weight, bias)
+    flat_x = x.reshape(-1, x.shape[-1])  # (..., K) -> (M, K)
+    if torch.is_grad_enabled():
+        y = FastLinear.apply(flat_x, weight, bias)
+    else:  # without the Function: its overhead is a twentieth of a decoding step
+        y = matmul(flat_x, weight.T, bias)
+    # not view(..., -1): with no token at all, -1 would be ambiguous
+    return y.view(*x.shape[:-1], len(weight))  # (M, N) -> (..., N)
+
+
+class FastLinear(torch.autograd.Function):
+    """F.linear with `matmul`, for x (M, K). Keeps x only if the weight trains."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return product(x, weight.T, bias)
+        weight_trains = ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if weight_trains else None, weight)
+        return matmul(x, weight.T, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return (product(dy, weight) if ctx.needs_input_grad[0] else None,
-                dy.T @ x if ctx.needs_input_grad[1] else None,
-                dy.sum(0) if ctx.needs_input_grad[2] else None)
+        need_dx, need_dweight, need_dbias = ctx.needs_input_grad
+        dx = matmul(dy, weight) if need_dx else None  # (M, N) @ (N, K) -> (M, K)
+        dweight = dy.T @ x if need_dweight else None  # (N, M) @ (M, K) -> (N, K)
+        dbias = dy.sum(0) if need_dbias else None  # (M, N) -> (N,)
+        return dx, dweight, dbias
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., K), weight (N, K), bias (N) or None, all of one dtype -> (..., N)."""
+def matmul(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (M, K) @ matrix (K, N) + bias (N,) -> (M, N)."""
+    M, N = len(x), matrix.shape[1]
+    # A weight is stored as (N, K), so its transpose is contiguous; GPT-2's own files store (K, N).
+    is_weight_view = matrix.T.is_contiguous()
     if not uses_onednn_bf16(x.device, x.dtype):
-        return F.linear(x, weight, bias)
-    flat = x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled():
-        y = PiecewiseLinear.apply(flat, weight, bias)
-    else:  # a Function costs a decoding step a twentieth
-        y = product(flat, weight.T, bias)
-    return y.view(*x.shape[:-1], len(weight))  # -1 would be ambiguous where there is no token
+        return x @ matrix if bias is None else torch.addmm(bias, x, matrix)
+
+    # oneDNN repacks the right factor in each call. For few tokens, (W x^T)^T is 1.5 times as fast.
+    if is_weight_view and M <= SMALL_M:
+        y = (matrix.T @ x.T).T  # (N, K) @ (K, M) -> (N, M) -> (M, N)
+        return y.contiguous() if bias is None else torch.add(y, bias, out=x.new_empty(M, N))
+
+    # oneDNN runs 0.75 N <= M < 2 N on a single thread if N is below some 1,280.
+    if N < MIN_PARALLEL_N and 0.75 * N <= M < 2 * N:
+        return matmul_in_pieces(x, matrix, bias)
+    if bias is None:
+        return x @ matrix
+    if is_weight_view:  # one call; addmm would first fill y with the bias
+        return torch.ops.mkldnn._linear_pointwise(x, matrix.T, bias, "none", [], "")
+    return torch.addmm(bias, x, matrix)
+
+
+def matmul_in_pieces(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """`matmul` for 0.75 N <= M < 2 N, in pieces of another shape, so that oneDNN uses all threads: 1.8 times
+    as fast with 768 outputs on two cores with AMX."""
+    M, N = len(x), matrix.shape[1]
+    if M >= 1.5 * N:
+        piece_M, piece_N = M, math.ceil(N / 2)
+    else:
+        piece_M, piece_N = max(1, 2 * N // 3), N
+    y = x.new_empty(M, N)
+    for x_piece, y_piece in zip(x.split(piece_M), y.split(piece_M), strict=True):
+        for start in range(0, N, piece_N):
+            columns = slice(start, start + piece_N)
+            out = y_piece[:, columns]
+            if bias is None:
+                torch.mm(x_piece, matrix[:, columns], out=out)
+            else:
+                torch.addmm(bias[columns], x_piece, matrix[:, columns], out=out)
+    return y

@@ -1,153 +1,161 @@
-"""How good a model is: loss on target tokens, ROUGE and exact match of what it generates, and what it
-forgot."""
+"""How good a model is: the loss on target tokens, and ROUGE and exact match of the completions it writes.
+
+Forgetting is the same loss on text outside the task (`text_windows`), after tuning minus before.
+"""
 
 import math
-import re
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from minift.data.dataset import Example
+from minift.data.dataset import Example, read_text
 from minift.distributed import all_sum, local_rows, reshard
 from minift.errors import UserError
 from minift.model.generate import generate
 from minift.model.gpt import GPT
 from minift.model.packing import Row, text_row
+from minift.report.rouge import rouge, rouge_tokens
 
-LOGITS = 128  # tokens whose logits exist at one time: below what a training step takes
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Over all target tokens of a set of rows: nats a token, its exponential, and the share predicted
-    right."""
-
-    loss: float
-    perplexity: float
-    token_accuracy: float
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What a model wrote for a set of rows: shares of exact matches, and mean ROUGE F-measures, all in
-    0..1."""
-
-    exact_match: float
-    rouge1: float
-    rouge2: float
-    rougeL: float
-
-
-def words(text: str) -> list[str]:
-    """The tokens of the rouge-score package without its stemmer: lower case, runs of a-z and 0-9."""
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
-def f_measure(matches: int, predicted: int, wanted: int) -> float:
-    return 2 * matches / (predicted + wanted) if matches else 0.0
-
-
-def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Its length, a row of the table at a time in the bits of one integer (Hyyrö 2004)."""
-    places: dict[str, int] = {}
-    for i, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << i
-    row = (1 << len(a)) - 1
-    for word in b:
-        hits = row & places.get(word, 0)
-        row = (row + hits | row - hits) & (1 << len(a)) - 1
-    return len(a) - row.bit_count()
-
-
-def rouge(prediction: str, reference: str) -> dict[str, float]:
-    """ROUGE-1, -2 and -L (Lin 2004) as F-measures, equal to the rouge-score package's without stemming."""
-    p, r = words(prediction), words(reference)
-    scores = {}
-    for n in (1, 2):
-        grams = [Counter(zip(*(text[i:] for i in range(n)), strict=False)) for text in (p, r)]
-        overlap = (grams[0] & grams[1]).total()
-        scores[f"rouge{n}"] = f_measure(overlap, grams[0].total(), grams[1].total())
-    return scores | {"rougeL": f_measure(longest_common_subsequence(p, r), len(p), len(r))}
+LOGITS_BLOCK = 128  # target tokens whose logits exist at one time: fewer than a training step needs
+DECODE_BATCH = 64  # prompts that are completed together
+MAX_WINDOW = 512  # tokens of a window of general text
 
 
 @torch.no_grad()
-def measure_losses(model: GPT, examples: list[Example], batch: int) -> Losses:
-    """Teacher-forced scores of all rows, shared by all ranks; rows of like length share a batch, which
-    changes no number."""
+def measure_losses(model: GPT, rows: list[Row], batch: int) -> dict[str, float]:
+    """Over all target tokens of the rows: loss in nats per token, perplexity, and token_accuracy, the share
+    of tokens that the model predicts right when it reads the true tokens before them.
+
+    The rows are shared among all processes, and each gets the result for all of them.
+    """
     was_training = model.training
     model.eval()
-    loss = right = count = 0
-    ordered = sorted(examples, key=lambda example: len(example.ids))
-    for start in range(0, len(ordered), batch):
-        packed = model.pack(local_rows(ordered[start : start + batch]))
+    loss = correct = count = 0
+    by_length = sorted(rows, key=lambda row: len(row.ids))  # rows of like length use memory best
+    for start in range(0, len(by_length), batch):
+        packed = model.pack(local_rows(by_length[start : start + batch]))
         hidden = model.hidden(packed, packed.target_positions)  # (n, C)
-        for h, target in zip(hidden.split(LOGITS), packed.targets.split(LOGITS), strict=True):
-            logits = model.logits(h)
-            loss += F.cross_entropy(logits, target, reduction="sum").item()
-            right += (logits.argmax(-1) == target).sum().item()
+        hidden_blocks = hidden.split(LOGITS_BLOCK)
+        target_blocks = packed.targets.split(LOGITS_BLOCK)
+        for h, targets in zip(hidden_blocks, target_blocks, strict=True):
+            logits = model.logits(h)  # (block, V)
+            loss += F.cross_entropy(logits, targets, reduction="sum").item()
+            correct += (logits.argmax(-1) == targets).sum().item()
         count += len(packed.targets)
-    reshard(model)
+    reshard(model)  # a pass without a backward pass leaves sharded parameters gathered
     model.train(was_training)
-    loss, right, count = all_sum(loss, right, count)
-    return Losses(loss / count, safe_exp(loss / count), right / count)
+    loss, correct, count = all_sum(loss, correct, count)
+    return {"loss": loss / count, "perplexity": safe_exp(loss / count), "token_accuracy": correct / count}
 
 
 def safe_exp(x: float) -> float:
-    """exp(x), infinite where a float ends."""
+    """exp(x), infinity where a float would overflow."""
     return math.exp(x) if x < 709 else math.inf
 
 
+def load_general_rows(path: str | Path, tokenizer: Tokenizer, n_positions: int, reserved: int) -> list[Row]:
+    """The text of a file as rows for `measure_losses`, see `text_windows`. Raises UserError."""
+    ids = tokenizer.encode(read_text(path), add_special_tokens=False).ids
+    if len(ids) < 2:
+        raise UserError(f"--general {path} has fewer than two tokens, so it has no loss: give a longer text")
+    return text_windows(ids, n_positions, reserved)
+
+
+def text_windows(ids: list[int], n_positions: int, reserved: int) -> list[Row]:
+    """The token ids of a text as rows in which every token after the first is a target, each token once.
+
+    A window takes half of the model's positions, MAX_WINDOW at most, so that models with and without a soft
+    prompt read the same windows; less where the most positions that any of them has reserved leave less.
+    """
+    window = min(MAX_WINDOW, n_positions // 2, n_positions - reserved)
+    # windows overlap by one token: a window's last target is the first token that the next one reads
+    return [text_row(ids[start : start + window + 1]) for start in range(0, len(ids) - 1, window)]
+
+
 def write_completions(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: list[Example],
-                      max_new_tokens: int, batch: int) -> list[str]:
-    """Greedy completions of the rows' prompts, in their order; a prompt that leaves no room loses its
-    beginning."""
-    room = model.config.n_positions - model.prompt_tokens - max_new_tokens
+                      max_new_tokens: int) -> tuple[list[str], dict[str, int]]:
+    """Greedy completions of the rows' prompts, in the rows' order and without white space at both ends, and
+    three counts of what the limit of positions or new tokens cut. A row of text alone, without a prompt, gets
+    an empty completion.
+
+    Raises UserError where `max_new_tokens` leaves no room for a prompt.
+    """
+    n_positions = model.config.n_positions
+    room = n_positions - model.prompt_tokens - max_new_tokens
     if room < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's "
-                        f"{model.config.n_positions} positions: lower it")
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+                        f"{n_positions} positions: lower it")
     texts = [""] * len(examples)
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        prompts = [examples[i].prompt[-room:] for i in rows]
-        written = generate(model, prompts, max_new_tokens, stop=eos_id)
-        for i, new in zip(rows, written, strict=True):
+    at_limit = shortened = too_long = 0
+    prompted = [i for i, example in enumerate(examples) if example.pair.prompt]
+    order = sorted(prompted, key=lambda i: len(examples[i].prompt))  # prompts of like length go together
+    for first in range(0, len(order), DECODE_BATCH):
+        indices = order[first : first + DECODE_BATCH]
+        prompts = []
+        for i in indices:
+            prompts.append(examples[i].prompt[-room:])  # the end of a prompt matters most
+            shortened += len(examples[i].prompt) > room
+            too_long += reference_length(examples[i], eos_id) > max_new_tokens
+        for i, new in zip(indices, generate(model, prompts, max_new_tokens, stop=eos_id), strict=True):
             texts[i] = tokenizer.decode(new).strip()
-    return texts
+            at_limit += len(new) == max_new_tokens
+    return texts, {"completions_at_limit": at_limit, "prompts_shortened": shortened,
+                   "references_over_limit": too_long}
 
 
-def score_texts(predictions: list[str], references: list[str]) -> Texts:
-    """Predictions against references, row by row; an exact match ignores white space at both ends."""
-    rows = [{"exact_match": float(p.strip() == r.strip()), **rouge(p, r)}
-            for p, r in zip(predictions, references, strict=True)]
-    return Texts(**{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]})
+def reference_length(example: Example, eos_id: int) -> int:
+    """Tokens of the completion in the file, without the end-of-text after it."""
+    begin, end = example.spans[-1]
+    return end - begin - (example.ids[end - 1] == eos_id)
 
 
-def text_windows(tokenizer: Tokenizer, text: str, model: GPT) -> list[Row]:
-    """A text outside the task as rows of half the model's positions (512 at most), so that base and tuned model
-    read the same windows even with a soft prompt in front."""
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    n_positions = model.config.n_positions
-    window = min(512, n_positions // 2, n_positions - model.prompt_tokens)
-    rows = [text_row(ids[i : i + window + 1]) for i in range(0, len(ids) - 1, window)]
-    if not rows:
-        raise UserError("the general text holds fewer than two tokens: there is nothing to score")
-    return rows
+def score_texts(predictions: list[str], references: list[str]) -> dict[str, float | None]:
+    """Means over all rows, in 0..1: exact_match, which ignores white space at both ends, and rouge1, rouge2
+    and rougeL, which compare words alone. A score that would say nothing is None: all without rows, ROUGE
+    where no reference has a word."""
+    totals = {"exact_match": 0.0, "rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+    for prediction, reference in zip(predictions, references, strict=True):
+        totals["exact_match"] += prediction.strip() == reference.strip()
+        for name, value in rouge(prediction, reference).items():
+            totals[name] += value
+    if not references:
+        return dict.fromkeys(totals)
+    scores: dict[str, float | None] = {name: total / len(references) for name, total in totals.items()}
+    if not any(rouge_tokens(reference) for reference in references):
+        scores |= {"rouge1": None, "rouge2": None, "rougeL": None}  # a 0 would look like a bad model
+    return scores
 
 
-def score(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: list[Example], batch: int, max_new_tokens: int,
-          general_text: str | None) -> dict[str, Any]:
-    """Every score of a model on some rows under the names of result.json, the completions it wrote, and its
-    loss on general text where there is one."""
-    losses = measure_losses(model, examples, batch)
-    completions = write_completions(model, tokenizer, eos_id, examples, max_new_tokens, batch=64)
-    texts = score_texts(completions, [example.pair.completion for example in examples])
-    general_loss = None
-    if general_text is not None:
-        general_loss = measure_losses(model, text_windows(tokenizer, general_text, model), batch).loss
-    return {**asdict(losses), **asdict(texts), "general_loss": general_loss, "completions": completions}
+def score(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: list[Example], batch: int,
+          max_new_tokens: int, general_rows: list[Row] | None) -> dict[str, Any]:
+    """Every score of a model on some rows, under the names of result.json; the completions it wrote; the
+    counts of `write_completions`; and its loss on the general text, None where there is none."""
+    scores: dict[str, Any] = measure_losses(model, examples, batch)
+    completions, counts = write_completions(model, tokenizer, eos_id, examples, max_new_tokens)
+    predictions, references = [], []
+    for example, completion in zip(examples, completions, strict=True):
+        if example.pair.prompt:
+            predictions.append(completion)
+            references.append(example.pair.completion)
+    scores |= score_texts(predictions, references)
+    scores["general_loss"] = measure_losses(model, general_rows, batch)["loss"] if general_rows else None
+    return scores | counts | {"completions": completions}
+
+
+def limit_report(scores: dict[str, Any], max_new_tokens: int) -> list[str]:
+    """A line for each way in which a limit made the completions of `score` worse than the model is."""
+    rows = len(scores["completions"])
+    lines = []
+    if count := scores["completions_at_limit"]:
+        lines.append(f"{count} of {rows} completions were cut at the limit while generating: "
+                     f"--max-new-tokens is {max_new_tokens}")
+    if count := scores["references_over_limit"]:
+        lines.append(f"{count} of {rows} references are longer than what is generated, so they cannot be "
+                     f"matched: raise --max-new-tokens, now {max_new_tokens}")
+    if count := scores["prompts_shortened"]:
+        lines.append(f"{count} of {rows} prompts were shortened at their beginning to make room for "
+                     f"generated tokens: lower --max-new-tokens, now {max_new_tokens}")
+    return lines

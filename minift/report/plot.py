@@ -1,46 +1,100 @@
-"""Runs in one picture: compare.png, if matplotlib is there."""
+"""Pictures of runs.
 
+matplotlib is optional. Without it `draw_runs` and `draw_curves` raise ModuleNotFoundError, and the caller
+says so or does without the picture.
+"""
+
+import io
 import math
 from pathlib import Path
 from typing import Any
 
+from minift.files.atomic import write_atomically
 from minift.run.folder import read_metrics
 
 MARKERS = "os^Dvp*X<>"
 
 
-def draw(folder: Path, results: list[dict[str, Any]]) -> None:
-    """compare.png with three panels: the loss as training went, quality against trained parameters,
-    forgetting against quality. Each result holds its run's path in `folder` under `run`. Raises
-    ModuleNotFoundError without matplotlib."""
+def draw_runs(folder: Path, results: list[dict[str, Any]]) -> None:
+    """compare.png: the loss during training, quality against trained parameters, forgetting against quality.
+    Each result has its run's path in `folder` under `run`. Quality is ROUGE-L, or the test loss where that
+    was not measured."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    has_rouge = all(result["rougeL"] is not None for result in results)
+    quality, base_quality = ("rougeL", "base_rougeL") if has_rouge else ("test_loss", "base_test_loss")
+    quality_label = "ROUGE-L on the test rows" if has_rouge else "test loss, nats per target token"
+
     legend_rows = math.ceil(len(results) / 4)
     figure = Figure(figsize=(15, 4.8 + 0.25 * legend_rows), layout="constrained")
-    curves, cost, memory = figure.subplots(1, 3)
+    losses, cost, forgetting = figure.subplots(1, 3)
     for i, result in enumerate(results):
-        look = {"color": f"C{i % 10}", "marker": MARKERS[i // 10 % len(MARKERS)]}
-        lines = [line for line in read_metrics(folder / result["run"]) if "val_loss" in line]
-        steps = [line["step"] for line in lines]
-        curves.plot(steps, [line["val_loss"] for line in lines], label=result["run"], markersize=4, **look)
-        curves.plot(steps, [line["train_loss"] for line in lines], color=look["color"], linestyle=":")
-        cost.plot(result["trainable_parameters"], result["rougeL"], markersize=9, linestyle="", **look)
+        style = {"color": f"C{i % 10}", "marker": MARKERS[i // 10 % len(MARKERS)]}
+        draw_losses(losses, read_metrics(folder / result["run"]), result["run"], style)
+        point = style | {"markersize": 9, "linestyle": ""}
+        cost.plot(result["trainable_parameters"], result[quality], **point)
         if result["forgetting"] is not None:
-            memory.plot(result["rougeL"], result["forgetting"], markersize=9, linestyle="", **look)
-    for base in {result["base_rougeL"] for result in results}:
+            forgetting.plot(result[quality], result["forgetting"], **point)
+    for base in {result[base_quality] for result in results}:
         cost.axhline(base, color="grey", linestyle="--", linewidth=1)
-        memory.axvline(base, color="grey", linestyle="--", linewidth=1)
-    memory.axhline(0, color="grey", linewidth=1)
-    curves.set(title="loss: validation solid, training dotted", xlabel="optimizer step",
-               ylabel="nats a target token", yscale="log")
-    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
-    curves.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    curves.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-    cost.set(title="quality against cost (dashed: the base)", xlabel="parameters that train", xscale="log",
-             ylabel="ROUGE-L on the test rows")
-    memory.set(title="forgetting against quality", xlabel="ROUGE-L on the test rows",
-               ylabel="loss on general text, after - before, nats a token")
-    for axes in (curves, cost, memory):
+        forgetting.axvline(base, color="grey", linestyle="--", linewidth=1)
+    forgetting.axhline(0, color="grey", linewidth=1)
+
+    losses.set(title="loss: validation solid, training dotted", xlabel="optimizer step")
+    cost.set(title="quality against cost (dashed: the base)", xlabel="trained parameters", xscale="log",
+             ylabel=quality_label)
+    forgetting.set(title="forgetting against quality", xlabel=quality_label,
+                   ylabel="loss on general text, after - before, nats per token")
+    for axes in (losses, cost, forgetting):
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=min(4, len(results)))
-    figure.savefig(folder / "compare.png", dpi=120)
+    save(figure, folder / "compare.png")
+
+
+def series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a name in metrics.jsonl, where it has one: some lines are of steps, others of
+    validations, and a validation before the first step has no training loss."""
+    found = [line for line in lines if line.get(name) is not None]
+    return [line["step"] for line in found], [line[name] for line in found]
+
+
+def draw_losses(axes: Any, lines: list[dict[str, Any]], label: str, style: dict[str, Any]) -> None:
+    """The validation loss and the mean training loss between validations, from the lines of metrics.jsonl."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    steps, val_losses = series(lines, "val_loss")
+    axes.plot(steps, val_losses, label=label, markersize=4, **style)
+    steps, train_losses = series(lines, "train_loss")
+    axes.plot(steps, train_losses, color=style["color"], linestyle=":")
+    axes.set(yscale="log", ylabel="nats per target token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+
+
+def draw_curves(folder: Path) -> None:
+    """curves.png of one run, from its metrics.jsonl: training and validation loss with the best step marked,
+    and the learning rate below. Can be drawn again at every validation while the run lasts."""
+    from matplotlib.figure import Figure
+    lines = read_metrics(folder)
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    losses.plot(*series(lines, "loss"), color="C0", alpha=0.3, linewidth=1, label="training, each step")
+    draw_losses(losses, lines, "validation", {"color": "C1", "marker": "o"})
+    steps, val_losses = series(lines, "val_loss")
+    if val_losses:
+        best_loss, best_step = min(zip(val_losses, steps, strict=True))
+        losses.axvline(best_step, color="grey", linestyle="--", linewidth=1,
+                       label=f"best: {best_loss:.4f} at step {best_step}")
+    rate.plot(*series(lines, "lr"), color="C2")
+    losses.set(title="loss (dotted: training, mean between validations)")
+    losses.legend()
+    rate.set(xlabel="optimizer step", ylabel="learning rate")
+    for axes in (losses, rate):
+        axes.grid(alpha=0.3)
+    save(figure, folder / "curves.png")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Raises UserError where the file cannot be written."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    write_atomically(path, [png.getvalue()])

@@ -13,7 +13,7 @@ from minift.errors import UserError
 from minift.files import weights
 from minift.files.atomic import read_json, write_json
 from minift.files.checkpoint import Tuned, drop_removed_options, read_tuned
-from minift.ops.lora import KERNELS
+from minift.ops.kernel_choice import KERNELS
 from minift.options import Parser, add_options, check_bounds, flag, from_json, option, resolve
 from minift.run.folder import COMPARE
 
@@ -177,9 +177,9 @@ def describe(config: Config) -> str:
 def save(folder: Path, config: Config) -> None:
     if is_main():
         folder.mkdir(exist_ok=True)
-        write_json(folder / "config.json", {
-            "mode": config.mode, "train": asdict(config.train), "data": asdict(config.data),
-            "mode_options": asdict(config.mode_options), "origins": config.origins})
+    write_json(folder / "config.json", {
+        "mode": config.mode, "train": asdict(config.train), "data": asdict(config.data),
+        "mode_options": asdict(config.mode_options), "origins": config.origins})
 
 
 def load(folder: Path) -> Config:

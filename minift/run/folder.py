@@ -131,10 +131,8 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / "metrics.jsonl" if is_main() else Path(os.devnull)
-        if is_main():
-            old = read_metrics(folder) if step else []
-            kept = [json.dumps(line) + "\n" for line in old if line["step"] <= step]
-            write_text(self.path, "".join(kept))
+        old = read_metrics(folder) if step and is_main() else []
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in old if line["step"] <= step))
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:

@@ -1,0 +1,114 @@
+"""python -m minift.bench decode: the speed of generation with a key-value cache, with random weights.
+
+Greedy, without a token that ends a row, so every run writes the same number of tokens. The prompt's pass is
+timed apart, as the time to the first token. The last line is one JSON object.
+"""
+
+import json
+import random
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from minift import modes
+from minift.bench.train import random_model
+from minift.device import (
+    DEVICES,
+    DTYPES,
+    choose_device,
+    choose_dtype,
+    machine_name,
+    peak_memory,
+    reset_peak_memory,
+    time_call,
+)
+from minift.errors import UserError
+from minift.files.hub import PRESETS
+from minift.model.generate import generate
+from minift.modes import MODES
+from minift.options import Parser, add_options, option, resolve
+from minift.report.table import format_bytes, table_head, table_row
+
+COLUMNS = {
+    "mode": ("mode", str),
+    "first_token_ms": ("first token ms", "{:.0f}".format),
+    "total_ms": ("all ms", "{:.0f}".format),
+    "total_ms_min": ("min", "{:.0f}".format),
+    "total_ms_max": ("max", "{:.0f}".format),
+    "new_tokens_per_second": ("new tokens/s", "{:,.1f}".format),
+    "decode_tokens_per_second": ("after the first", "{:,.1f}".format),
+    "peak_memory_bytes": ("peak memory", format_bytes),
+}
+WIDTHS = [9, 14, 7, 7, 7, 12, 15, 11]
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    size: str = option("gpt2", "size of the model", choices=tuple(PRESETS))
+    mode: str = option("full", f"{', '.join(MODES)}, a comma list of them, or all; full decodes as the base "
+                               "does")
+    batch: int = option(16, "prompts that are continued together", least=1)
+    prompt_tokens: int = option(140, "mean tokens of a prompt; the lengths vary by half of it", least=1)
+    new_tokens: int = option(64, "tokens written for each prompt", least=2)
+    repeats: int = option(5, "timed runs, after one that is not", least=1)
+    dtype: str = option("auto", "compute dtype; auto: bf16 where the hardware has it", choices=DTYPES)
+    device: str = option("auto", "where to compute", choices=DEVICES)
+
+
+def bench_decode(arguments: list[str]) -> None:
+    parser = Parser(prog="python -m minift.bench decode", description=__doc__)
+    add_options(parser, "options", DecodeOptions)
+    options, _ = resolve(DecodeOptions, parser.parse_args(arguments), {})
+    names = modes.parse_modes(options.mode)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    facts = {"machine": machine_name(device), "torch": torch.__version__, **asdict(options),
+             "dtype": str(dtype).removeprefix("torch.")}
+    print(", ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
+    print(table_head(COLUMNS, WIDTHS))
+    results = []
+    for name in names:
+        result = measure(name, options, dtype, device)
+        results.append(result)
+        print(table_row(result, COLUMNS, WIDTHS), flush=True)
+    print(json.dumps(facts | {"rows": results}))
+
+
+def random_prompts(options: DecodeOptions, vocab_size: int) -> list[list[int]]:
+    """Random tokens. Lengths are even around the mean, from half of it to one and a half."""
+    rng = random.Random(0)
+    prompts = []
+    for _ in range(options.batch):
+        length = max(1, round(options.prompt_tokens * rng.uniform(0.5, 1.5)))
+        prompts.append([rng.randrange(vocab_size) for _ in range(length)])
+    return prompts
+
+
+def measure(name: str, options: DecodeOptions, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """One mode's figures, under the names of COLUMNS; medians. Raises UserError for too many positions."""
+    reset_peak_memory(device)
+    model = random_model(options.size, dtype)
+    modes.apply(model, name, MODES[name].Options())
+    model.requires_grad_(False)  # as eval.py loads it: every weight in the compute dtype
+    model.set_compute_dtype(dtype)
+    model.to(device).eval()
+    prompts = random_prompts(options, model.config.vocab_size)
+    longest = model.prompt_tokens + max(map(len, prompts)) + options.new_tokens
+    if longest > model.config.n_positions:
+        raise UserError(f"--prompt-tokens {options.prompt_tokens} --new-tokens {options.new_tokens}: the "
+                        f"longest row takes {longest} of the model's {model.config.n_positions} positions: "
+                        "lower them")
+
+    generate(model, prompts, options.new_tokens)  # warm-up
+    first_times, times = [], []
+    for _ in range(options.repeats):
+        first_times.append(time_call(lambda: generate(model, prompts, 1), device))
+        times.append(time_call(lambda: generate(model, prompts, options.new_tokens), device))
+    first, total = statistics.median(first_times), statistics.median(times)
+    return {"mode": name, "first_token_ms": first * 1e3, "total_ms": total * 1e3,
+            "total_ms_min": min(times) * 1e3, "total_ms_max": max(times) * 1e3,
+            "new_tokens_per_second": options.batch * options.new_tokens / total,
+            "decode_tokens_per_second": options.batch * (options.new_tokens - 1) / (total - first),
+            "peak_memory_bytes": peak_memory(device)}

@@ -1,0 +1,171 @@
+"""The layers that `python -m minift.bench kernels` measures: a frozen linear layer with a low-rank update, in
+every implementation that can run here."""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minift.ops.kernel_choice import why_no_triton
+from minift.ops.lora import lora_linear
+
+SCALE = 2.0
+MAX_RING = 256  # layers at most: a ring of tiny layers would take minutes to fill the cache
+NAMES = {
+    "frozen": "frozen linear",  # the floor: no update
+    "eager": "eager, as loralib",
+    "function": "Function + addmm",  # this project's, in PyTorch
+    "compile": "torch.compile",  # of the eager form
+    "peft": "PEFT's layer",
+    "triton": "Triton",  # this project's kernels
+}
+Layer = dict[str, Tensor]
+Forward = Callable[[Layer], tuple[Tensor, list[Tensor]]]  # layer -> output, tensors that get a gradient
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: K inputs, N outputs, M tokens. `parts`: which of q, k, v are updated where the N outputs are
+    a fused matrix of three; empty: all outputs as one part."""
+
+    K: int
+    N: int
+    M: int
+    rank: int
+    dropout: float
+    parts: str = ""
+
+    @property
+    def part_size(self) -> int:
+        return self.N // 3 if self.parts else self.N
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """The output at which each part begins."""
+        return tuple("qkv".index(part) * self.part_size for part in self.parts) or (0,)
+
+    def work(self, row: str, itemsize: int) -> tuple[int, int]:
+        """FLOPs of a forward and backward pass, and the bytes that any implementation must move: x, y and W
+        in both frozen products and, with an update, x once more for A's gradient."""
+        M, N, K = self.M, self.N, self.K
+        flops = 2 * (2 * M * N * K)
+        nbytes = 2 * itemsize * (M * K + M * N + N * K)
+        if row == "frozen":
+            return flops, nbytes
+        rank = self.rank * len(self.offsets)
+        update = 2 * M * rank * (K + self.part_size)  # x A^T and h B^T; as much for each of the two gradients
+        return flops + 3 * update, nbytes + itemsize * M * K
+
+    def __str__(self) -> str:
+        parts = f"/{self.parts}" if self.parts else ""
+        return f"{self.K} x {self.N}{parts}, {self.M:,} tokens, rank {self.rank}, dropout {self.dropout:g}"
+
+
+def make_ring(case: Case, dtype: torch.dtype, device: torch.device, nbytes: int) -> list[Layer]:
+    """Layers with their inputs, at least `nbytes` together but MAX_RING at most. All have the same random
+    values, each in its own memory, so that a layer has left the cache when its turn comes again."""
+    parts = len(case.offsets)
+    A = torch.randn(parts * case.rank, case.K, device=device) / math.sqrt(case.K)
+    B = torch.randn(parts * case.part_size, case.rank, device=device) / 10
+    first = {
+        "x": torch.randn(case.M, case.K, device=device).to(dtype),
+        "dy": torch.randn(case.M, case.N, device=device).to(dtype),
+        "weight": (torch.randn(case.N, case.K, device=device) / math.sqrt(case.K)).to(dtype),
+        "bias": torch.randn(case.N, device=device).to(dtype),
+        "A": A, "B": B,  # fp32, as this project trains them
+        "a": A.to(dtype), "b": B.to(dtype),  # as loralib and PEFT have them in a model of this dtype
+    }
+    layer_bytes = sum(tensor.nbytes for tensor in first.values())
+    count = min(max(2, math.ceil(nbytes / layer_bytes)), MAX_RING)
+    ring = []
+    for _ in range(count):
+        ring.append({name: t.clone().requires_grad_(name in "xABab") for name, t in first.items()})
+    return ring
+
+
+def eager(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, dropout: float,
+          offsets: tuple[int, ...]) -> Tensor:
+    """loralib's forward: Linear, and for parts MergedLinear with its zero_pad (loralib/layers.py)."""
+    y = F.linear(x, weight, bias)  # (M, N)
+    h = F.dropout(x, dropout) @ a.T  # (M, parts * r)
+    if len(b) == len(weight) and len(offsets) == 1:
+        return y + (h @ b.T) * SCALE
+    update = torch.zeros_like(y)
+    for start, h_part, b_part in zip(offsets, h.chunk(len(offsets), 1), b.chunk(len(offsets)), strict=True):
+        update[:, start : start + len(b_part)] = h_part @ b_part.T
+    return y + update * SCALE
+
+
+def peft_layers(ring: list[Layer], case: Case) -> dict[int, torch.nn.Module]:
+    """PEFT's layer around each frozen weight, found by the identity of its layer; A and B in the compute
+    dtype."""
+    import peft
+    modules = {}
+    for layer in ring:
+        linear = torch.nn.Linear(case.K, case.N, device="meta")
+        linear.weight = torch.nn.Parameter(layer["weight"], requires_grad=False)
+        linear.bias = torch.nn.Parameter(layer["bias"], requires_grad=False)
+        config = peft.LoraConfig(r=case.rank, lora_alpha=SCALE * case.rank, lora_dropout=case.dropout,
+                                 target_modules=["0"])
+        model = peft.get_peft_model(torch.nn.Sequential(linear), config, autocast_adapter_dtype=False)
+        module = model.base_model.model[0]
+        module.lora_A["default"].weight.data = layer["a"].data
+        module.lora_B["default"].weight.data = layer["b"].data
+        modules[id(layer)] = module.train()
+    return modules
+
+
+def forward_of(row: str, case: Case, ring: list[Layer]) -> Forward:
+    """The forward pass of an implementation."""
+    call = torch.compile(eager, dynamic=False) if row == "compile" else eager
+    modules = peft_layers(ring, case) if row == "peft" else {}
+    kernel = "triton" if row == "triton" else "torch"
+
+    def frozen(layer: Layer) -> tuple[Tensor, list[Tensor]]:
+        return F.linear(layer["x"], layer["weight"], layer["bias"]), [layer["x"]]
+
+    def in_eager_form(layer: Layer) -> tuple[Tensor, list[Tensor]]:
+        x, a, b = layer["x"], layer["a"], layer["b"]
+        return call(x, layer["weight"], layer["bias"], a, b, case.dropout, case.offsets), [x, a, b]
+
+    def by_peft(layer: Layer) -> tuple[Tensor, list[Tensor]]:
+        x, module = layer["x"], modules[id(layer)]
+        return module(x), [x, module.lora_A["default"].weight, module.lora_B["default"].weight]
+
+    def ours(layer: Layer) -> tuple[Tensor, list[Tensor]]:
+        x, A, B = layer["x"], layer["A"], layer["B"]
+        y = lora_linear(x, layer["weight"], layer["bias"], A, B, SCALE, case.offsets, case.dropout, kernel)
+        return y, [x, A, B]
+
+    forwards = {"frozen": frozen, "eager": in_eager_form, "compile": in_eager_form, "peft": by_peft}
+    return forwards.get(row, ours)
+
+
+def step_of(row: str, case: Case, ring: list[Layer]) -> Callable[[Layer], Any]:
+    """A forward and backward pass of one layer of the ring, by an implementation."""
+    forward = forward_of(row, case, ring)
+
+    def step(layer: Layer) -> None:
+        y, leaves = forward(layer)
+        torch.autograd.grad(y, leaves, layer["dy"])
+
+    return step
+
+
+def find_rows(quick: bool, device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """The implementations that can be measured here, and the reason for each that cannot."""
+    missing = {}
+    if quick and device.type == "cpu":
+        missing["compile"] = "--quick leaves it out"
+    if importlib.util.find_spec("peft") is None:
+        missing["peft"] = "peft is not installed"
+    if reason := why_no_triton(device):
+        missing["triton"] = reason
+    elif device.type != "cuda":
+        missing["triton"] = "Triton's interpreter, which runs here, is no measure of speed"
+    return [row for row in NAMES if row not in missing], missing

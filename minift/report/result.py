@@ -1,0 +1,39 @@
+"""A finished run's result.json, and what is printed of it."""
+
+from typing import Any
+
+from minift.data.dataset import Example
+from minift.report.metrics import limit_report
+from minift.report.table import cell, format_bytes
+
+
+def make_result(facts: dict[str, Any], scores: dict[str, Any], base_scores: dict[str, Any]) -> dict[str, Any]:
+    """The content of result.json: facts of the run, its test scores, and the base's beside them."""
+    result = dict(facts)
+    for name in ("loss", "perplexity"):
+        result[f"test_{name}"] = scores[name]
+    for name in ("token_accuracy", "exact_match", "rouge1", "rouge2", "rougeL"):
+        result[name] = scores[name]
+    result |= {"base_test_loss": base_scores["loss"], "base_rougeL": base_scores["rougeL"], "forgetting": None}
+    if scores["general_loss"] is not None:
+        result["forgetting"] = scores["general_loss"] - base_scores["general_loss"]
+    for name in ("completions_at_limit", "prompts_shortened", "references_over_limit"):
+        result[name] = scores[name]
+    return result
+
+
+def summary(result: dict[str, Any], scores: dict[str, Any], base_scores: dict[str, Any], examples: list[Example],
+            max_new_tokens: int) -> str:
+    """A few completions of base and tuned model, then the scores in one line."""
+    lines = []
+    for i, example in enumerate(examples[:3]):
+        lines += ["", f"  {example.pair.where}   {example.pair.completion!r}",
+                  f"  base   {base_scores['completions'][i]!r}", f"  tuned  {scores['completions'][i]!r}"]
+    parts = [f"{result['mode']}: test loss {result['base_test_loss']:.4f} -> {result['test_loss']:.4f}"]
+    if result["rougeL"] is not None:
+        parts.append(f"ROUGE-L {result['base_rougeL']:.3f} -> {result['rougeL']:.3f}")
+    parts += [f"tuned file {format_bytes(result['tuned_bytes'])}",
+              f"peak memory {cell(result['peak_memory_bytes'], format_bytes)}",
+              f"predicted {cell(result['predicted_peak_bytes'], format_bytes)}"]
+    lines += ["", ", ".join(parts), *(f"  {line}" for line in limit_report(scores, max_new_tokens))]
+    return "\n".join(lines)

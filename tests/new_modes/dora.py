@@ -1,0 +1,70 @@
+"""DoRA (Liu et al. 2024): a weight as its magnitude m times its direction, W' = m V / |V| with V = W + s B A.
+
+m (out,) and LoRA's A and B train. |V| is the norm of each output's row; it counts as a constant in the backward
+pass (section 4.3).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minift.model.gpt import GPT
+from minift.modes import lora
+from minift.modes.mode import Mode
+from minift.ops.lora import lora_linear
+from minift.options import option
+
+
+@dataclass(frozen=True)
+class Options:
+    rank: int = option(8, "rank of the update", least=1)
+    alpha: float = option(16.0, "the update is scaled by alpha / rank", above=0)
+    targets: str = option("all", "as for mode lora")
+
+
+class DoRALinear(lora.LoRALinear):
+    """LoRALinear with a learned magnitude for each output. The outputs without an update keep theirs."""
+
+    def __init__(self, target: lora.Target):
+        super().__init__(target.layer, target.rank, target.scale, 0.0, target.offsets, target.part_size)
+        self.magnitude = nn.Parameter(self.norm())  # so that it starts at the base exactly
+        self.constant_factor: Tensor | None = None
+
+    def norm(self) -> Tensor:
+        """|V| of each output, (out,) in fp32."""
+        with torch.no_grad():
+            return (self.weight.float() + self.update()).norm(dim=1)
+
+    def set_constant(self, constant: bool) -> None:
+        """The norm reads all of W: decoding must not compute it for every token."""
+        super().set_constant(constant)
+        self.constant_factor = (self.magnitude / self.norm()).detach() if constant else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.constant_factor
+        if factor is None:
+            factor = self.magnitude / self.norm()  # (out,)
+        A, B = self.constant_AB or (self.lora_A, self.lora_B)
+        y = lora_linear(x, self.weight, None, A, B, self.scale, self.offsets, 0.0, self.kernel)
+        return y * factor.to(x.dtype) + self.bias.to(x.dtype)
+
+
+def apply(model: GPT, options: Options) -> None:
+    """Replace the target layers by DoRALinear. Raises UserError for unknown targets."""
+    lora_options = lora.Options(options.rank, options.alpha, targets=options.targets)
+    for target in lora.target_layers(model, lora_options):
+        lora.replace_layer(model, target, DoRALinear(target))
+
+
+@torch.no_grad()
+def merge(model: GPT) -> None:
+    """Multiply magnitude and direction out, in fp32. The updates are zero afterwards."""
+    for layer in lora.lora_layers(model).values():
+        factor = layer.magnitude / layer.norm()
+        layer.weight.data = (factor[:, None] * (layer.weight.float() + layer.update())).to(layer.weight.dtype)
+        layer.lora_B.zero_()
+        layer.magnitude.copy_(layer.norm())
+
+
+MODE = Mode("dora", Options, apply, lr=1e-3, embedded_lr=7e-3, merge=merge, uses_kernel=True)
