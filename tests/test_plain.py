@@ -64,7 +64,8 @@ def test_eval_runs_on_plain_operations(common: list[Any], tmp_path: Path) -> Non
 
 
 def test_plain_runs_every_reference(common: list[Any], tmp_path: Path, reference_calls: Counter) -> None:
-    trained(*common, "--mode", "lora", "--steps", 1, "--ops", "plain", "--out", tmp_path / "x")
+    options = ["--mode", "lora", "--steps", 1, "--dropout", 0.1, "--model-dropout", 0.1]
+    trained(*common, *options, "--ops", "plain", "--out", tmp_path / "x")
     assert reference_calls["attention_reference"] > 0 and all(reference_calls.values()), reference_calls
     reference_calls.clear()
     evaluate(tmp_path / "x", "--dtype", "fp32", "--max-new-tokens", 2, "--ops", "plain")
