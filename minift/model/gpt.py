@@ -251,7 +251,7 @@ class GPT(nn.Module):
         """
         rows = batch.rows
         if rows.max_seqlen > self.config.n_positions:
-            reserved = f" and {self.prompt_tokens} of the soft prompt" if self.prompt_tokens else ""
+            reserved = f" and {self.prompt_tokens} reserved ones" if self.prompt_tokens else ""
             raise UserError(f"{rows.max_seqlen - self.prompt_tokens} tokens{reserved} do not fit into the model's "
                             f"{self.config.n_positions} positions: shorten the text, or lower --max-length or "
                             "--max-new-tokens")
