@@ -35,6 +35,7 @@ class Settings:
     extra: list[AddedToken] = field(default_factory=list)  # special tokens without a name
     added: dict[int, AddedToken] = field(default_factory=dict)
     built_in: list[AddedToken] = field(default_factory=list)  # of a tokenizer.json that is taken as it is
+    notes: list[str] = field(default_factory=list)  # lines to print
 
     @property
     def kind(self) -> str:
@@ -50,8 +51,8 @@ class Settings:
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int
-                   ) -> tuple[Tokenizer | None, Settings, list[str]]:
-    """The tokenizer, or None when the folder has none; its settings; notes to print.
+                   ) -> tuple[Tokenizer | None, Settings]:
+    """The tokenizer, or None when the folder has none, and its settings.
 
     `config` is the parsed config.json. Raises UserError.
     """
@@ -59,7 +60,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int
         settings = read_settings(folder, config)
         tokenizer = read_vocabulary(folder, settings)
     if tokenizer is None:
-        return None, settings, []
+        return None, settings
     highest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
     if highest >= vocab_size:
         raise UserError(f"{folder}: the tokenizer has token {highest}, and config.json a vocabulary of "
@@ -71,12 +72,11 @@ def load_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.decode(tokenizer.encode("It works.").ids)
-    notes = []
     if left_out:
         some = ", ".join(f"{text!r:.40}" for text in left_out[:5])
-        notes = [f"{folder}: {len(left_out)} tokens of the tokenizer are left out, since the vocabulary of "
-                 f"{vocab_size} has no place for them: {some}"]
-    return tokenizer, settings, notes
+        settings.notes.append(f"{folder}: {len(left_out)} tokens of the tokenizer are left out, since the "
+                              f"vocabulary of {vocab_size} has no place for them: {some}")
+    return tokenizer, settings
 
 
 def read_settings(folder: Path, config: dict[str, Any]) -> Settings:
@@ -169,9 +169,15 @@ def read_vocabulary(folder: Path, settings: Settings) -> Tokenizer | None:
         raw["added_tokens"] = []
         if takes_vocabulary_only(settings, raw):
             model = raw["model"]
+            if raw.get("normalizer") or (raw.get("pre_tokenizer") or {}).get("type") != "ByteLevel":
+                settings.notes.append(
+                    f"{folder}: transformers' GPT2Tokenizer does not use the normalizer and pre_tokenizer of "
+                    "tokenizer.json; to use them, set tokenizer_class to PreTrainedTokenizerFast in "
+                    "tokenizer_config.json")
+            byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+            byte_level["add_prefix_space"] = space
             raw["normalizer"] = None
-            raw["pre_tokenizer"] = byte_level = {"type": "ByteLevel", "add_prefix_space": space,
-                                                 "trim_offsets": True, "use_regex": True}
+            raw["pre_tokenizer"] = byte_level
             raw["decoder"] = byte_level
             raw["model"] = {"type": "BPE", "vocab": model["vocab"], "merges": model["merges"]}
         return Tokenizer.from_str(json.dumps(raw))

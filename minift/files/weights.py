@@ -82,11 +82,11 @@ def load_on_meta(name: str) -> Base:
 def read_folder(name: str, folder: Path) -> Base:
     """Everything of a folder but its weights."""
     config, raw = read_config(folder)
-    tokenizer, settings, notes = load_tokenizer(folder, raw, config.vocab_size)
-    eos, more = end_of_text(folder, raw, tokenizer, settings, config.vocab_size)
+    tokenizer, settings = load_tokenizer(folder, raw, config.vocab_size)
+    eos, notes = end_of_text(folder, raw, tokenizer, settings, config.vocab_size)
     bos = begin_of_text(tokenizer) if tokenizer is not None else None
     model = build_on_meta(replace(config, eos_token_id=eos), str(folder / "config.json"))
-    return Base(name, folder, model, tokenizer, None, bos, eos, (*notes, *more))
+    return Base(name, folder, model, tokenizer, None, bos, eos, (*settings.notes, *notes))
 
 
 def build_on_meta(config: GPTConfig, where: str) -> GPT:
