@@ -52,6 +52,8 @@ class Place(NamedTuple):
     def tokenizer(self, content: str | bytes) -> list[str]:
         for name in ("vocab.json", "merges.txt"):
             (self.model / name).unlink()
+        # of a GPT2Tokenizer only vocabulary and merges are read: another class has all of the file read
+        self.in_model("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}')
         return self.in_model("tokenizer.json", content)
 
 
