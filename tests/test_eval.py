@@ -76,7 +76,7 @@ def test_the_table_has_both_columns_and_completions(runs: dict[str, Path]) -> No
         assert line.split()[1:] == [f"{scores[model][name]:.4f}" for model in ("base", "tuned")]
     assert ended.out.count("\n  reference ") == ended.out.count("\n  tuned ") == 2
     assert "lora of" in ended.out and "6 test rows" in ended.out
-    assert "reference" not in evaluate(runs["lora"], *PLAIN, "--shown", 0).out
+    assert "\n  reference " not in evaluate(runs["lora"], *PLAIN, "--shown", 0).out
 
 
 def test_other_rows_and_fewer(runs: dict[str, Path], tmp_path: Path) -> None:
