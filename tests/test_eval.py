@@ -99,7 +99,8 @@ def test_forgetting(
     assert f"forgetting: {change:+.4f} nats per token on the general text" in ended.out and abs(change) > 1e-3
     assert ("is read with the soft prompt in front" in ended.out) == (mode == "prompt")
     for name, model in (("base", base.model), ("tuned", tuned_model(runs[mode], base))):
-        rows = metrics.text_windows(base.tokenizer, "\n".join(texts), model)
+        ids = base.tokenizer.encode("\n".join(texts)).ids
+        rows = metrics.text_windows(ids, model.config.n_positions, model.prompt_tokens)
         with torch.no_grad():
             total = sum(model.loss(model.pack([row])).item() for row in rows)
         loss = total / sum(row.num_targets for row in rows)
