@@ -370,7 +370,7 @@ EVAL: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     "a file for a run": (lambda p: [p.file("x", "")], ["built/x"]),
     "unknown flag": (lambda p: [p.run, "--verbose"], ["--verbose", "--help"]),
     "negative temperature": (lambda p: [p.run, "--prompt", "a", "--temperature", -1], ["--temperature -1.0"]),
-    "top-p of 2": (lambda p: [p.run, "--prompt", "a", "--temperature", 1, "--top-p", 2], ["top_p 2.0"]),
+    "top-p of 2": (lambda p: [p.run, "--prompt", "a", "--temperature", 1, "--top-p", 2], ["--top-p 2.0"]),
     "top-k of 0": (lambda p: [p.run, "--prompt", "a", "--top-k", 0], ["--top-k 0"]),
     "sampling without a prompt": (lambda p: [p.run, "--top-k", 3], ["--top-k", "--prompt"]),
     "JSON of a text": (lambda p: [p.run, "--json", "--prompt", "a"], ["--json", "--prompt"]),
