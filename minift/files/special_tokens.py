@@ -12,15 +12,6 @@ from minift.files.tokenizer import Settings, read_optional
 CONTROL = re.compile(r"<.+>|\[.+\]")  # how a control token is written
 
 
-def begin_of_text(tokenizer: Tokenizer) -> int | None:
-    """The token that the tokenizer puts before every text, or None."""
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    full = tokenizer.encode("a").ids
-    if len(full) > len(plain) and full[1 : 1 + len(plain)] == plain:
-        return full[0]
-    return None
-
-
 def end_of_text(folder: Path, config: dict[str, Any], tokenizer: Tokenizer | None, settings: Settings,
                 vocab_size: int) -> tuple[int | None, list[str]]:
     """The end-of-text that the base was trained with, or None; and a note if the files disagree.
