@@ -1,4 +1,4 @@
-"""The machine: its devices, the dtype that it multiplies fast, its memory and its clock."""
+"""The machine: its devices, its fast dtype, its memory and its clock."""
 
 import ctypes
 import functools
@@ -22,14 +22,15 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def configure_process() -> None:
-    """Settings of the allocator and of oneDNN that training needs to be fast and small. Call it before the first
+    """Settings of the allocator and of oneDNN that make training faster and smaller. Call it before the first
     matrix product; the scripts and weights.load do."""
+    # setdefault: the user's own environment variables win
     # oneDNN and torch keep compiled code for each shape of a matrix product, some 1 MB a shape, by default for
-    # 1,024 shapes. 256 are the shapes of 20 ragged batches of SAMSum; with 64 a step takes a tenth longer.
+    # 1,024 shapes. 20 ragged batches of SAMSum have 256 shapes; with room for 64, a step takes a tenth longer.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "8")
     libc = load_libc()
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc, "mallopt"):  # of glibc alone: musl's libc has none
         # Keep freed memory in the process: page faults on vocabulary-sized gradients made a full step 1/7 slower.
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_MMAP_MAX, 0)
@@ -37,40 +38,47 @@ def configure_process() -> None:
 
 @functools.cache
 def load_libc() -> ctypes.CDLL | None:
+    """The C library of this process, on Linux."""
     return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def choose_device(name: str) -> torch.device:
     """`auto` takes a CUDA GPU, then Apple's, then the CPU. Raises UserError for a device that is not here."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = []  # the fastest first
+    if torch.cuda.is_available():
+        available.append("cuda")
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    available.append("cpu")
     if name == "auto":
-        name = next(device for device, found in here.items() if found)
-    if not here[name]:
+        name = available[0]
+    if name not in available:
         raise UserError(f"--device {name}: this machine (or this build of torch) has none; there is "
-                        f"{', '.join(device for device, found in here.items() if found)}")
+                        f"{', '.join(available)}")
     if name != "cuda" or WORLD_SIZE == 1:
         return torch.device(name)
     if LOCAL_RANK >= torch.cuda.device_count():
         raise UserError(f"one GPU per process is needed; this machine has {torch.cuda.device_count()}: lower "
                         "torchrun's --nproc-per-node, or pass --device cpu")
-    torch.cuda.set_device(LOCAL_RANK)  # what `cuda` means from now on, to NCCL and Triton too
+    torch.cuda.set_device(LOCAL_RANK)  # NCCL and Triton use the current device
     return torch.device("cuda", LOCAL_RANK)
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies matrices in bf16; emulated, it would be slower than fp32."""
+    """Whether the hardware multiplies matrices in bf16. Emulated, bf16 would be slower than fp32."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
     if device.type == "cpu":
-        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # torch has no public name for these
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        # torch has no public names for these; in a torch without them, `bool` answers False
         return any(getattr(torch.cpu, check, bool)() for check in checks)
     return False
 
 
 @functools.cache
 def uses_onednn_bf16(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether matrix products run in oneDNN's bf16 kernels. It compiles one for each shape, in 1 to 8 ms and some
-    1 MB, so numbers of tokens are rounded."""
+    """Whether matrix products run in oneDNN's bf16 kernels. oneDNN compiles one kernel for each shape (1 to 8 ms,
+    some 1 MB), so callers round the number of tokens to get few shapes."""
     return (device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
             and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -83,32 +91,33 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new measurement. On Linux freed memory goes back to the system first, so that one run's peak does not
-    hide the next one's; other systems cannot reset the peak of a process."""
+    """Begin a new measurement of the peak. macOS and Windows cannot reset the peak of a process: there it is the
+    highest since the process began."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         try:
-            load_libc().malloc_trim(0)
+            load_libc().malloc_trim(0)  # give freed memory back, or it would count for the next run
             with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
+                file.write("5")  # sets VmHWM, the peak, to the memory in use now (man 5 proc)
         except (OSError, AttributeError):  # no glibc, or /proc is closed: the peak is that of the whole process
             pass
 
 
 def process_bytes(live: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes of the process for a peak of `live` bytes of tensors. On a CPU the heap has holes, measured as three
-    tenths more with GPT-2, and oneDNN's compiled code takes some 190 MB once its cache is full."""
+    """An estimate of the memory of the process, in bytes, for a peak of `live` bytes of tensors."""
     if device.type == "cuda":
-        return live
-    return round(1.3 * live) + (190_000_000 if uses_onednn_bf16(device, dtype) else 0)
+        return live  # peak_memory counts the tensors alone there
+    onednn_code = 190_000_000 if uses_onednn_bf16(device, dtype) else 0  # once its cache is full
+    return round(1.3 * live) + onednn_code  # 1.3: holes in the heap, measured with GPT-2
 
 
 def release_pages(tensor: torch.Tensor) -> None:
-    """Let the pages of a tensor that is mapped from a file leave memory until they are read again (Linux). A tensor
-    that is not mapped stays: its pages would go to the swap space."""
+    """Drop the pages of a tensor that is mapped from a file; the system reads them again at the next use (Linux).
+    A tensor that is not mapped stays: its pages would go to the swap space."""
+    # the storage of a mapped tensor belongs to the file's map, so torch cannot resize it
     if sys.platform == "linux" and not tensor.untyped_storage().resizable():
-        begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE  # madvise needs the start of a page
         nbytes = tensor.data_ptr() + tensor.nbytes - begin
         load_libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(nbytes), MADV_PAGEOUT)
 
@@ -119,13 +128,16 @@ def resident_memory(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     if os.path.exists("/proc/self/status"):
         return process_status("VmRSS")
-    return peak_memory(device) or 0  # macOS reports only the peak
+    return peak_memory(device) or 0  # macOS reports the peak alone
 
 
 def process_status(field: str) -> int:
-    """Bytes that Linux gives for a field of this process's status."""
+    """A field of this process's status in bytes, such as VmRSS (Linux)."""
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+        for line in file:
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024  # the file gives kB
+    raise KeyError(field)
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -138,11 +150,13 @@ def peak_memory(device: torch.device) -> int | None:
     if sys.platform == "win32":
         return None
     import resource  # exists on Unix alone
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, other systems KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def time_call(work: Callable[[], Any], device: torch.device) -> float:
     """Wall time of one call in seconds, until the device has finished."""
+    # a GPU works on while Python goes ahead: wait before the start and before the end
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -153,9 +167,10 @@ def time_call(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def machine_name(device: torch.device) -> str:
+    """The name of the GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
+    model = platform.processor() or platform.machine()  # on Linux without the model's name
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]

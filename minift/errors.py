@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the person at the keyboard, and how a script ends on it."""
+"""UserError, the exception for a mistake of the user, and how a script ends on it."""
 
 import contextlib
 import io
@@ -10,54 +10,68 @@ from collections.abc import Callable, Iterator
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do about it, in one line. Everything else that is raised is a bug."""
+    """One line for the user: the problem, its place in a file or an option, and the remedy.
+
+    Every other exception that reaches a script is a bug, and keeps its traceback.
+    """
 
 
 @contextlib.contextmanager
 def tokenizer_faults(where: str) -> Iterator[None]:
-    """Turns all that the tokenizers package raises into a UserError. A panic of its Rust code is no Exception
-    and prints itself first, so standard error leads nowhere meanwhile."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    """While entered: every exception of the tokenizers package becomes a UserError that begins with `where`."""
+    # a panic of the package's Rust code prints its own message, so standard error (2) is closed off for a while;
+    # sys.stderr would not do, since Rust writes to the file descriptor
+    saved_stderr = os.dup(2)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())[:200]}") from None
+    except BaseException as error:  # a panic is a BaseException, not an Exception
+        message = " ".join(str(error).split())  # on one line
+        raise UserError(f"{where}: {message[:200]}") from None
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved_stderr, 2)
+        os.close(saved_stderr)
+        os.close(devnull)
 
 
 def out_of_memory(error: Exception) -> bool:
-    """MemoryError, or torch's: a class of its own for a GPU's memory, a RuntimeError for the CPU's."""
-    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    """Whether Python, or torch on a GPU or a CPU, found too little memory."""
+    if isinstance(error, MemoryError):
+        return True
+    if type(error).__name__ == "OutOfMemoryError":  # torch's for a GPU; compared by name: no import of torch here
+        return True
+    # torch has no exception class for the CPU's memory
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run `main(arguments)`. A UserError, or too little memory, becomes one line on stderr and exit code 2
     (`--debug` shows the traceback); Ctrl-C exits with 130."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # its encoding may lack a character of someone's data
+        # a terminal's encoding may lack a character of the data; a test may have replaced the stream
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     try:
-        if re.search("[\ud800-\udfff]", " ".join(arguments)):  # how Python passes on other bytes
+        # Python represents a byte that is not valid UTF-8 by one of these characters
+        if re.search("[\ud800-\udfff]", " ".join(arguments)):
             raise UserError("the command line is not valid UTF-8: type it again in UTF-8")
         main(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT, as a shell reports it
     except Exception as error:
         if not isinstance(error, UserError) and not out_of_memory(error):
             raise
         if "--debug" in arguments:
             traceback.print_exc()
-        remedy = ("" if isinstance(error, UserError) else
-                  "out of memory; lower --batch, --max-length or the sizes of the mode: ")
-        line = "".join(c if c.isprintable() else " " for c in remedy + str(error))
+        message = str(error)
+        if not isinstance(error, UserError):
+            message = "out of memory; lower --batch, --max-length or the sizes of the mode: " + message
+        # one line, and no control characters of a hostile file for the terminal
+        line = "".join(c if c.isprintable() else " " for c in message)
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

@@ -1,7 +1,7 @@
 """Options are frozen dataclasses. Each field has its help text and bounds; the command line is made from them.
 
-Every flag starts as None, so that the origin of a value is known: the command line, the mode's own default, or
-the default.
+On the command line every flag defaults to None, not to the field's default. So `resolve` knows the origin of each
+value: the command line, another default that a mode or a base gives, or the field's default.
 """
 
 import argparse
@@ -20,8 +20,8 @@ T = TypeVar("T")
 def option(default: Any, help: str | None = None, *, choices: tuple[str, ...] | None = None,
            least: float | None = None, most: float | None = None, above: float | None = None,
            below: float | None = None) -> Any:
-    """A dataclass field with its help text, its choices and its bounds (`least` and `most` included, `above`
-    and `below` not). Without a help text it has no flag."""
+    """A dataclass field with its help text, its choices and its bounds. `least` and `most` are allowed values,
+    `above` and `below` are not. A field without a help text has no flag: only a file can set it."""
     bounds = {"least": least, "most": most, "above": above, "below": below}
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
 
@@ -30,18 +30,20 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its errors as one-line UserErrors and no guessing of abbreviated flags."""
 
     def __init__(self, **settings: Any):
-        self.kinds: dict[str, type] = {}  # the type of each flag
+        self.kinds: dict[str, type] = {}  # the type of each flag, to find two modes that disagree about one
+        # allow_abbrev=False: --batch must not silently match a longer flag
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
+        # cut, since argparse repeats the argument, however long it is
         raise UserError(f"{message:.300} ({self.prog} --help lists every option)")
 
 
 def parse_float(text: str) -> float:
     """A finite number. Raises ValueError."""
     value = float(text)
-    if not math.isfinite(value):
+    if not math.isfinite(value):  # float() reads "nan" and "inf"
         raise ValueError
     return value
 
@@ -55,33 +57,35 @@ def parse_int(text: str) -> int:
 
 
 def flag(name: str) -> str:
+    """The flag of a field: "--max-length" for "max_length"."""
     return "--" + name.replace("_", "-")
 
 
 def add_options(parser: Parser, title: str, options: type) -> None:
-    """One group of flags, one flag for each field of the dataclass `options` that has a help text. A flag that
-    an earlier group has already (two modes may share one) is only named."""
+    """Add a group of flags: one for each field of the dataclass `options` that has a help text. Two modes may share a
+    flag: the later group only mentions it. Raises TypeError if the two want different types."""
     group = parser.add_argument_group(title)
     shared = []
     for field in dataclasses.fields(options):
         help, choices = field.metadata["help"], field.metadata["choices"]
         if help is None:
             continue
-        name, kind = flag(field.name), value_type(options, field.name)
-        if name in parser.kinds:
+        name = flag(field.name)
+        kind = value_type(options, field.name)
+        if name in parser.kinds:  # argparse refuses to add a flag twice
             if parser.kinds[name] != kind:
                 raise TypeError(f"{title}: {name} is {kind.__name__} here and another type in an earlier group")
             shared.append(name)
             continue
         parser.kinds[name] = kind
-        help = help.replace("%", "%%")
-        if kind is bool:
+        help = help.replace("%", "%%")  # argparse formats help texts with the % operator
+        if kind is bool:  # --shard and --no-shard
             group.add_argument(name, default=None, help=help, action=argparse.BooleanOptionalAction)
             continue
         if field.default is not None:
             help += f" (default {field.default})"
         parse = {float: parse_float, int: parse_int}.get(kind, kind)
-        metavar = None if choices else kind.__name__.upper()
+        metavar = None if choices else kind.__name__.upper()  # None: argparse shows the choices
         group.add_argument(name, default=None, help=help, choices=choices, type=parse, metavar=metavar)
     if shared:
         group.description = f"also {', '.join(shared)}, described above"
@@ -99,7 +103,7 @@ def check_bounds(options: Any) -> None:
     """Raises UserError for a value outside the bounds that its field declares."""
     for field in dataclasses.fields(options):
         value, bounds = getattr(options, field.name), field.metadata["bounds"]
-        if value is None:
+        if value is None:  # an optional option that was not given
             continue
         for word, bound, holds in (
             ("at least", bounds["least"], operator.ge),
@@ -107,7 +111,7 @@ def check_bounds(options: Any) -> None:
             ("above", bounds["above"], operator.gt),
             ("below", bounds["below"], operator.lt),
         ):
-            if bound is not None and not holds(value, bound):  # nan holds to no bound
+            if bound is not None and not holds(value, bound):  # `not`: nan compares False with all
                 raise UserError(f"{flag(field.name)} {value}: must be {word} {bound:,}")
 
 
@@ -120,8 +124,9 @@ def from_json(options: type[T], raw: Any, where: str) -> T:
     for name, value in raw.items():
         if name not in hints:
             raise UserError(f"{where} cannot be used: {name!r:.60} is no option of this version: update it")
-        kinds = typing.get_args(hints[name]) or (hints[name],)
+        kinds = typing.get_args(hints[name]) or (hints[name],)  # (int, NoneType) for `int | None`
         choices = options.__dataclass_fields__[name].metadata.get("choices")
+        # type() and not isinstance: true is an int for isinstance. JSON writes the float 1.0 also as 1.
         right_type = type(value) in kinds or (type(value) is int and float in kinds)
         if not right_type or (choices and value not in choices):
             allowed = ", ".join(choices or (kind.__name__ for kind in kinds))
@@ -131,11 +136,14 @@ def from_json(options: type[T], raw: Any, where: str) -> T:
 
 def resolve(options: type[T], args: argparse.Namespace,
             overrides: dict[str, tuple[Any, str]]) -> tuple[T, dict[str, tuple[Any, str]]]:
-    """The dataclass filled from the command line, else from `overrides`, else by default; and the origin of each
-    value. Overrides and origins are {field: (value, origin)}. Raises UserError for a value out of bounds."""
+    """The dataclass `options` with its values from the command line, else from `overrides`, else by default.
+
+    overrides: {field: (value, origin)}, such as {"lr": (1e-3, "mode lora")}.
+    Also returns the origin of every value, in the same form. Raises UserError for a value out of bounds.
+    """
     origins = {}
     for field in dataclasses.fields(options):
-        given = getattr(args, field.name, None)
+        given = getattr(args, field.name, None)  # None: the flag was not given, or the field has none
         if given is not None:
             origins[field.name] = (given, "command line")
         elif field.name in overrides:
