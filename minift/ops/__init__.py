@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-plain: bool = False
+plain: bool = False  # read it as `ops.plain`: `from minift.ops import plain` would copy its value
 
-# The FLOPs of each operator of our own, as a function of its arguments. plan.py counts with it.
+# {operator of this project: its FLOPs, as a function of its arguments}, for plan.py
 FLOPS: dict[Any, Callable[..., int]] = {}
 
 
 def no_flops(*args: Any) -> int:
-    """For an operator without matrix products: only these are counted."""
+    """For an operator without matrix products: nothing else is counted."""
     return 0
 
 
@@ -24,7 +24,8 @@ def register_op(name: str, implementation: Callable[..., Any], fake: Callable[..
                 flops: Callable[..., int] = no_flops) -> Any:
     """Make `implementation` known to torch as torch.ops.minift.NAME, and return that operator.
 
-    fake: gives empty tensors of the result's shapes. torch calls it on fake tensors, as the plan does.
+    fake: takes the same arguments, and returns empty tensors of the result's shapes and dtypes. torch calls it instead
+    on tensors without values (fake or meta), as in train.py --plan.
     """
     # torch.library.custom_op would do the same, but its first call imports torch's compiler: 2 s and 150 MB.
     schema = torch.library.infer_schema(implementation, mutates_args=())
@@ -32,5 +33,5 @@ def register_op(name: str, implementation: Callable[..., Any], fake: Callable[..
     torch.library.impl(f"minift::{name}", "CompositeExplicitAutograd", implementation)
     torch.library.register_fake(f"minift::{name}", fake)
     op = getattr(torch.ops.minift, name)
-    FLOPS[op] = flops
+    FLOPS[op] = flops  # torch's own counters know its matrix products, but not those inside our operator
     return op

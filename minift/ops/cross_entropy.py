@@ -1,7 +1,9 @@
 """The loss: the cross-entropy of the language-model head, summed over the targets, in nats.
 
-The fast version never holds all logits. It makes them for a block of tokens at a time, and in the same pass
-both gradients. Letters in shape comments: n targets, C hidden width, V vocabulary, m tokens of a block.
+With GPT-2's vocabulary the logits are a large tensor. The fast version never holds all of them: it computes those of
+one block of tokens, and uses them for the loss and for both gradients, before it computes the next.
+
+Letters in shape comments: n targets, C = n_embd, V vocabulary, m tokens of a block.
 """
 
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor
 from minift import ops
 
 TOKEN_BLOCK = 256  # tokens whose logits exist at one time
-VOCAB_BLOCK = 8192  # words whose probabilities exist in fp32 at one time
+VOCAB_BLOCK = 8192  # words of the vocabulary whose probabilities exist in fp32 at one time
 
 
 def cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -31,14 +33,14 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if ops.plain:
         return cross_entropy_reference(hidden, weight, targets)
     if not torch.is_grad_enabled():
-        # A Function looks at requires_grad alone, and would make gradients that nobody uses.
+        # needs_input_grad is True for a trained weight under no_grad too: its gradient would be computed for nothing
         hidden, weight = hidden.detach(), weight.detach()
     return FusedCrossEntropy.apply(hidden, weight, targets)
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """Makes the gradients in the forward pass, for a loss with gradient 1, and multiplies them by the loss's
-    real gradient in the backward pass. Keeps the two gradients, and its inputs."""
+    """The forward pass computes the gradients too, for dloss = 1, while the logits exist. The backward pass multiplies
+    them by the real dloss. Keeps the two gradients, and its inputs."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -48,13 +50,16 @@ class FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        # Autograd may add to these tensors in place, so they are given away, which saves a copy of dweight.
-        # A second backward pass through the same graph makes them again.
+        # Autograd may add to the tensors that it gets, in place. A copy of dweight (V, C) would be expensive, so they
+        # are not kept, and a second backward pass through the same graph computes them again.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             hidden, weight, targets = ctx.saved_tensors
             _, *gradients = loss_and_gradients(hidden, weight, targets, *ctx.needs_input_grad[:2])
-        dhidden, dweight = (None if grad is None else grad.mul_(dloss) for grad in gradients)
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(dloss)
+        dhidden, dweight = gradients
         return dhidden, dweight, None
 
 
@@ -62,14 +67,14 @@ def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, need_dhi
                        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, dhidden (like hidden) and dweight (V, C); None for a gradient that is not needed.
 
-    The gradient of a token's logits is softmax(logits), less 1 at the target. Softmax is exp / sum_exp, and
-    exp is stored in the dtype of `hidden`. The division and the -1 are applied to results of (m, C), in fp32:
-    in bf16, p - 1 would round to 0 for a target with p near 1.
+    dlogits = softmax(logits), minus 1 at the target, and softmax = exp / sum_exp. exp (V, m) is stored in the dtype of
+    `hidden`. The division and the -1 are applied later, to tensors of (m, C) in fp32: they are smaller, and in bf16
+    p - 1 would round to 0 for a target with p near 1. So exp is 0 at the targets, and target_grad adds their part.
     """
     acc_dtype = torch.promote_types(hidden.dtype, torch.float32)
     loss = torch.zeros((), device=hidden.device, dtype=acc_dtype)
     dhidden = torch.zeros_like(hidden) if need_dhidden else None
-    # The first block of tokens overwrites dweight. Without targets there is no block.
+    # the first block of tokens overwrites dweight; without targets there is no block, and it must be 0
     alloc = torch.empty_like if len(targets) else torch.zeros_like
     dweight = alloc(weight) if need_dweight else None
     weight_blocks = [block.to(hidden.dtype) for block in weight.split(VOCAB_BLOCK)]
@@ -81,7 +86,7 @@ def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, need_dhi
         exp_blocks, target_logit, sum_exp = exponentials(h, weight_blocks, target)
         loss += (sum_exp[:n].log() - target_logit).sum()
         inv_sum_exp = 1 / sum_exp[:, None]  # (m, 1)
-        inv_sum_exp[n:] = 0
+        inv_sum_exp[n:] = 0  # padding has no gradient
         target_grad = target_logit.exp()[:, None] * inv_sum_exp[:n] - 1  # (n, 1): p(target) - 1
 
         if dhidden is not None:
@@ -95,19 +100,21 @@ def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, need_dhi
             scaled_h = (h * inv_sum_exp).to(h.dtype)
             for dweight_block, exp_block in zip(dweight.split(VOCAB_BLOCK), exp_blocks, strict=True):
                 product = exp_block @ scaled_h  # (words, m) @ (m, C) -> (words, C)
-                if start == 0:
+                if start == 0:  # cheaper than zeros and an addition
                     dweight_block.copy_(product)
                 else:
                     dweight_block += product
-            dweight.index_add_(0, target, (target_grad * h[:n]).to(weight.dtype))
+            dweight.index_add_(0, target, (target_grad * h[:n]).to(weight.dtype))  # a target may be there twice
     return loss, dhidden, dweight
 
 
 def exponentials(h: Tensor, weight_blocks: list[Tensor], target: Tensor
                  ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """For h (m, C) and target (n,): exp(logit - max_logit) in blocks of (words, m) with 0 at the targets,
-    the targets' logit - max_logit (n,), and sum_exp (m,), which includes the targets."""
-    m, n, V = len(h), len(target), sum(map(len, weight_blocks))
+    """For h (m, C) and target (n,): exp(logit - max_logit) in blocks of (words, m), with 0 at the targets; the
+    targets' logit - max_logit (n,); and sum_exp (m,), which includes the targets. max_logit, the largest of a token,
+    keeps exp from overflowing."""
+    m, n = len(h), len(target)
+    V = sum(len(block) for block in weight_blocks)
     acc_dtype = torch.promote_types(h.dtype, torch.float32)
     # (V, m), not (m, V): on a CPU in bf16 the product is faster with the larger matrix on the left (6 ms
     # instead of 16 ms for 192 tokens on two cores with AMX).
@@ -123,6 +130,6 @@ def exponentials(h: Tensor, weight_blocks: list[Tensor], target: Tensor
     for block in blocks:
         exp = block.to(acc_dtype).sub_(max_logit).exp_()
         sum_exp += exp.sum(0)
-        block.copy_(exp)  # in place of the logits
+        block.copy_(exp)  # overwrites the logits
     logits[at_target] = 0
     return blocks, target_logit, sum_exp

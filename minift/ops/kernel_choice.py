@@ -10,16 +10,17 @@ from torch import Tensor
 from minift.errors import UserError
 
 KERNELS = ("auto", "triton", "torch")
-# Where the Triton kernels were measured to beat PyTorch, forward and backward together:
-# {(GPU, dtype, K, N, parts, n, rank, with dropout): least number of tokens}. `python -m minift.bench kernels`
-# measures both. No GPU was measured yet, so `auto` is PyTorch everywhere.
+# The layers for which the Triton kernels were measured to be faster than PyTorch, forward and backward together, as
+# {(GPU, dtype, K, N, parts, n, rank, with dropout): least number of tokens}, with the letters of lora.py.
+# `python -m minift.bench kernels` measures both. No GPU was measured yet, so `auto` is PyTorch everywhere.
 TRITON_WINS: dict[tuple[str, str, int, int, int, int, int, bool], int] = {}
 
 
 def check_kernel(name: str, device: torch.device) -> None:
-    """Raise UserError if `--kernel name` cannot run on the device."""
-    reason = why_no_triton(device) if name == "triton" else None
-    if reason:
+    """Raises UserError if `--kernel name` cannot run on the device."""
+    if name != "triton":
+        return
+    if reason := why_no_triton(device):
         raise UserError(f"--kernel triton: {reason}; leave it out")
 
 
@@ -29,14 +30,14 @@ def why_no_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return None  # triton's interpreter runs on any device, slowly
+        return None  # Triton's interpreter runs on any device, slowly: for tests
     if device.type != "cuda" or torch.version.cuda is None:
         found = "ROCm" if torch.version.hip else device.type
         return f"the kernels need an NVIDIA GPU, and the device is {found}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         name = torch.cuda.get_device_name(device)
         return f"the kernels need compute capability 8.0, and {name} is older"
-    try:
+    try:  # Triton also needs a C compiler and the driver's headers
         from minift.ops import dropout_triton
         dropout_triton.try_compiling(device)
     except Exception as error:
@@ -46,6 +47,7 @@ def why_no_triton(device: torch.device) -> str | None:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
+    """The name of a GPU. Every LoRA layer asks for it in every pass, so it is cached."""
     return torch.cuda.get_device_name(device)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from minift import ops
 from minift.device import uses_onednn_bf16
 
-SMALL_M = 32  # up to so many tokens, as in decoding, the matrix is the left factor
-MIN_PARALLEL_N = 1280  # from about so many outputs on, oneDNN uses all threads at every M
+SMALL_M = 32  # up to this number of tokens, as in decoding, the weight is the left factor
+MIN_PARALLEL_N = 1280  # with at least about this number of outputs, oneDNN uses all threads for every M
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -30,9 +30,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat_x = x.reshape(-1, x.shape[-1])  # (..., K) -> (M, K)
     if torch.is_grad_enabled():
         y = FastLinear.apply(flat_x, weight, bias)
-    else:  # without the Function: its overhead is a twentieth of a decoding step
+    else:  # without an autograd Function, whose overhead is a twentieth of a decoding step
         y = matmul(flat_x, weight.T, bias)
-    # not view(..., -1): with no token at all, -1 would be ambiguous
+    # not view(..., -1): for zero tokens, -1 would be ambiguous
     return y.view(*x.shape[:-1], len(weight))  # (M, N) -> (..., N)
 
 
@@ -58,15 +58,19 @@ class FastLinear(torch.autograd.Function):
 def matmul(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (M, K) @ matrix (K, N) + bias (N,) -> (M, N)."""
     M, N = len(x), matrix.shape[1]
-    # A weight is stored as (N, K), so its transpose is contiguous; GPT-2's own files store (K, N).
+    # True for weight.T of a weight that is stored as (N, K). False for `weight`, as in the backward pass, and for a
+    # weight that is mapped from one of GPT-2's own files, which store (K, N).
     is_weight_view = matrix.T.is_contiguous()
     if not uses_onednn_bf16(x.device, x.dtype):
         return x @ matrix if bias is None else torch.addmm(bias, x, matrix)
 
-    # oneDNN repacks the right factor in each call. For few tokens, (W x^T)^T is 1.5 times as fast.
+    # oneDNN reorders the right factor in memory in each call. For few tokens the small factor goes there: (W x^T)^T is
+    # 1.5 times as fast.
     if is_weight_view and M <= SMALL_M:
         y = (matrix.T @ x.T).T  # (N, K) @ (K, M) -> (N, M) -> (M, N)
-        return y.contiguous() if bias is None else torch.add(y, bias, out=x.new_empty(M, N))
+        if bias is None:
+            return y.contiguous()
+        return torch.add(y, bias, out=x.new_empty(M, N))  # without `out` it would be stored like y, transposed
 
     # oneDNN runs 0.75 N <= M < 2 N on a single thread if N is below some 1,280.
     if N < MIN_PARALLEL_N and 0.75 * N <= M < 2 * N:
@@ -82,9 +86,9 @@ def matmul_in_pieces(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """`matmul` for 0.75 N <= M < 2 N, in pieces of another shape, so that oneDNN uses all threads: 1.8 times
     as fast with 768 outputs on two cores with AMX."""
     M, N = len(x), matrix.shape[1]
-    if M >= 1.5 * N:
+    if M >= 1.5 * N:  # halve N: M is then at least three times as large
         piece_M, piece_N = M, math.ceil(N / 2)
-    else:
+    else:  # split M into pieces of less than 0.75 N
         piece_M, piece_N = max(1, 2 * N // 3), N
     y = x.new_empty(M, N)
     for x_piece, y_piece in zip(x.split(piece_M), y.split(piece_M), strict=True):

@@ -1,14 +1,14 @@
 """The linear layer of LoRA (Hu et al. 2021, section 4.1): y = x W^T + b + s (drop(x) A^T) B^T.
 
-Every LoRA layer calls `lora_linear`. A layer may adapt parts of a fused matrix, such as query and value of
-GPT-2's c_attn. Then the A matrices of the parts are stacked, and so are the B matrices, and `offsets` gives
-the first output of each part. The other outputs are never touched, and no dense update is ever built.
+Every LoRA layer calls `lora_linear`. A layer may adapt parts of a fused matrix, such as query and value of GPT-2's
+c_attn. Then the A matrices of the parts are stacked, and so are the B matrices, and `offsets` gives the first output of
+each part. The other outputs do not change, and the dense update s B A (N, K) is never computed.
 
 Letters in shape comments: M tokens, K inputs, N outputs, P parts, n outputs of a part, r rank, s the scale;
 A is (P r, K) and B is (P n, r).
 
-The fast version has two implementations, PyTorch in this file and Triton in lora_triton.py. They agree up to
-rounding, dropout included, and keep x, h = drop(x) A^T and a seed for the backward pass.
+The fast version has two implementations, PyTorch in this file and Triton in lora_triton.py. They agree up to rounding,
+also with dropout. Both keep x, h = drop(x) A^T and the seed of the dropout for the backward pass.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class Update(NamedTuple):
 
     @property
     def total_scale(self) -> float:
-        """The scale divided by 1 - dropout, so that drop(x) need not be."""
+        """The scale of the update divided by 1 - dropout: so drop(x), which is larger, is not divided."""
         return self.scale / (1 - self.dropout)
 
 
@@ -46,6 +46,7 @@ def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, A: Ten
         x = dropout_reference(x, update.dropout, update.seed)
     A, B, parts = A.to(x.dtype), B.to(x.dtype), len(update.offsets)
     for start, A_part, B_part in zip(update.offsets, A.chunk(parts), B.chunk(parts), strict=True):
+        # the two thin products, not x (B A)^T: M r (K + n) multiplications instead of M K n
         y_part = update.scale * (x @ A_part.T) @ B_part.T  # (M, K) -> (M, r) -> (M, n)
         end = start + len(B_part)
         y = y + F.pad(y_part, (start, len(weight) - end))  # (M, n) -> (M, N)
@@ -62,8 +63,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     (`check_kernel`), and computes in fp32, bf16 or fp16.
     """
     flat_x = x.reshape(-1, x.shape[-1])  # (..., K) -> (M, K)
-    # From torch's generator of this device, and not read on the host: the mask follows torch.manual_seed and
-    # a restored random state, and each replay of a CUDA graph draws a new one.
+    # The seed comes from torch's generator on x's device, so the mask depends on torch.manual_seed. It is a tensor that
+    # the host never reads: that would wait for the GPU, and each replay of a CUDA graph draws a new seed.
     seed = torch.randint(2**63 - 1, (), device=x.device) if dropout else None
     update = Update(offsets, scale, dropout, seed)
     if ops.plain:
@@ -77,7 +78,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
 
 
 class LoRAFunction(torch.autograd.Function):
-    """The frozen product and its update as one step. Keeps x, h and the seed."""
+    """The product with the frozen weight and its update as one step. As separate operations, autograd would keep
+    drop(x), and its mask, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
@@ -93,7 +95,7 @@ class LoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # Read once: under activation checkpointing, the second read is an error.
+        # read saved_tensors once: under activation checkpointing, a second read is an error
         x, weight, A, B, h = ctx.saved_tensors
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         if ctx.use_triton:
@@ -101,21 +103,23 @@ class LoRAFunction(torch.autograd.Function):
             dx, dA, dB = lora_triton.lora_backward(dy, x, weight, A, B, h, *ctx.update, need_dx)
         else:
             dx, dA, dB = backward(dy, x, weight, A, B, h, ctx.update, need_dx)
-        dx = dx if need_dx else None
+        dx = dx if need_dx else None  # Triton's operator returns an empty tensor
         dweight = dy.T @ x if need_dweight else None
         dbias = dy.sum(0) if need_dbias else None
         return dx, dweight, dbias, dA, dB, None, None
 
 
-# In `forward` and `backward`, the thin matrices h, g and dB are stored column after column, as transposes of
-# wide ones. On a CPU that makes their products up to seven times as fast, most of all dB in fp32.
+# ---- the implementation in PyTorch
+
+# The thin matrices h, g and dB are stored column after column, as transposes of wide ones: on a CPU, their products are
+# then up to seven times as fast (dB in fp32).
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, update: Update
             ) -> tuple[Tensor, Tensor]:
     """y (M, N) and h = drop(x) A^T (M, P r)."""
     A, BT = A.to(x.dtype), B.to(x.dtype).T  # BT (r, P n)
     parts, s = len(update.offsets), update.total_scale
-    y = matmul(x, weight.T, bias)
+    y = matmul(x, weight.T, bias)  # (M, K) @ (K, N) -> (M, N)
     dropped_x = drop([x], update.dropout, update.seed)[0] if update.dropout else x
     h = (A @ dropped_x.T).T  # (P r, K) @ (K, M) -> (P r, M) -> (M, P r)
     h_parts, BT_parts = h.chunk(parts, 1), BT.chunk(parts, 1)
@@ -142,7 +146,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Ten
 
     if not update.dropout:
         dropped_x = x
-    elif need_dx:  # both with one mask
+    elif need_dx:  # one mask for both: computing it is the expensive part
         dropped_x, dropped_gA = drop([x, g @ A_cast], update.dropout, update.seed)
     else:
         dropped_x = drop([x], update.dropout, update.seed)[0]

@@ -1,12 +1,13 @@
 """The kernels of the low-rank update in Triton; lora_triton.py launches them.
 
-Sums over tokens are made in chunks, in fp32, and a second small reduction adds the chunks: no atomics, so the
-numbers are the same every time. Dropout's mask is made in the kernels from the seed, and never stored. A and
-B are cast where they are loaded. Products of fp32 are made in fp32: TF32 is not used.
+Sums over tokens are computed in chunks, in fp32, and the chunks are added afterwards. Atomic additions would need no
+second step, but their order, and so the rounding, would change from run to run. The dropout mask is computed in the
+kernels from the seed, and never stored. A and B are cast when they are loaded. Products of fp32 are computed in fp32:
+"ieee" switches TF32 off.
 
-Letters as in lora.py, with R for r, and J = P R: the columns of h. BM, BN, BK, BJ and BR are the sizes of
-tiles. A stride is named after its tensor and dimension: stride_xm. Offsets in x, dy and the weight may need
-64 bits.
+Letters as in lora.py, with R for r, and J = P R, the columns of h. BM, BN, BK, BJ and BR are the sizes of tiles. A
+stride is named after its tensor and dimension: stride_xm. Offsets in x, dy and the weight may need 64 bits, so the
+numbers of rows and columns are cast before they are multiplied.
 """
 
 import os
@@ -16,13 +17,13 @@ import triton.language as tl
 
 from minift.ops.dropout_triton import keep_tile, splitmix64
 
-# The interpreter (TRITON_INTERPRET=1) multiplies bf16 wrongly and does not say so. There, tiles become fp32.
+# Triton's interpreter (TRITON_INTERPRET=1) multiplies bf16 wrongly, without an error: there, tiles become fp32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def load(pointers, mask, like):
-    """A tile in the dtype of the products, that of the pointer `like`; 0 where the mask is False."""
+    """A tile in the dtype of the pointer `like`, that of the products; 0 where the mask is False."""
     tile = tl.load(pointers, mask, other=0.0)
     return tile.to(tl.float32) if INTERPRETED else tile.to(like.dtype.element_ty)
 
@@ -40,7 +41,7 @@ def shrink_kernel(
     DROPOUT: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr,
 ):
-    """h = c drop(x) a^T."""
+    """h = c drop(x) a^T. Each program computes a tile (BM, BJ) of h."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BJ + tl.arange(0, BJ)
     row_mask = rows < M
@@ -77,12 +78,13 @@ def add_update(
     OFFSETS: tl.constexpr, R: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr,
 ):
-    """acc + h_p b_p^T for every part p of which some of the n columns, from OFFSETS[p] on, are in this tile.
-    `first` is the tile's first column."""
+    """acc (BM, BN) plus the h_p b_p^T of the parts whose columns, OFFSETS[p] to OFFSETS[p] + n, overlap with this tile.
+    `first` is the first column of the tile."""
     row_mask = rows < M
     for p in tl.static_range(len(OFFSETS)):
-        local = columns - OFFSETS[p]  # counted in the part
+        local = columns - OFFSETS[p]  # columns, counted from the start of the part
         local_mask = (local >= 0) & (local < n)
+        # a tile that lies outside the part skips its products
         if (first < OFFSETS[p] + n) & (first + BN > OFFSETS[p]):
             for r0 in range(0, R, BR):
                 r = r0 + tl.arange(0, BR)
@@ -111,12 +113,15 @@ def gemm_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """y = x w^T + bias + keep * (h b^T). Programs take y in bands of GROUP tiles, so that tiles of x and w
-    are still in the L2 cache when they are needed again."""
+    """y = x w^T + bias + keep * (h b^T). Each program computes a tile (BM, BN) of y.
+
+    Neighbouring programs work on a band of GROUP tiles in height, column after column. So the tiles of x and w are
+    still in the L2 cache when the next program needs them.
+    """
     pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     band = pid // (GROUP * tiles_n)
-    height = min(tiles_m - band * GROUP, GROUP)
+    height = min(tiles_m - band * GROUP, GROUP)  # the last band may have fewer tiles
     in_band = pid % (GROUP * tiles_n)
     rows = (band * GROUP + in_band % height).to(tl.int64) * BM + tl.arange(0, BM)
     first = in_band // height * BN
@@ -161,13 +166,13 @@ def expand_kernel(
     OFFSETS: tl.constexpr, R: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):
-    """From BM rows of dy, read once: g_p = c dy_p b_p, complete, and the part of dB_p = dy_p^T h_p that comes
-    from these rows."""
+    """g_p = c dy_p b_p for BM rows, and these rows' summand of dB_p = dy_p^T h_p, with one read of dy. A program for
+    every BM rows and every part p."""
     P: tl.constexpr = len(OFFSETS)
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     p = tl.program_id(1)
     r = tl.arange(0, BR)
-    offset = 0
+    offset = 0  # OFFSETS[p]: a tuple of constants cannot be indexed by the variable p
     for i in tl.static_range(P):
         offset = tl.where(p == i, OFFSETS[i], offset)
     row_mask = rows < M
@@ -206,8 +211,8 @@ def outer_kernel(
     CHUNK: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr,
 ):
-    """The part of dA = g^T drop(x) that comes from CHUNK rows, a multiple of BM. It is made as drop(x)^T g:
-    matrix instructions want the long side first."""
+    """The summand of dA = g^T drop(x) of CHUNK rows, a multiple of BM. Computed as drop(x)^T g (BK, BJ): the first
+    dimension of a matrix instruction is the long one, and BJ is short."""
     first = tl.program_id(0) * BK
     k = first + tl.arange(0, BK)
     j = tl.program_id(2) * BJ + tl.arange(0, BJ)
