@@ -1,4 +1,4 @@
-"""GPT-2 by hand: a decoder-only Transformer with pre-norm blocks, fused query, key and value, learned positions
+"""GPT-2 from scratch: a decoder-only Transformer with pre-norm blocks, fused query, key and value, learned positions
 and an output head tied to the token embedding (Radford et al. 2019).
 
 Module names are those of Hugging Face's GPT-2 (wte, wpe, h.0.attn.c_attn, ...), so that a parameter has one
@@ -63,23 +63,23 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype: frozen weights are stored in it, tuned ones stay in
-    fp32 and are cast here. Modes replace it by subclasses."""
+    """A linear layer that computes in the dtype of its input. Frozen weights are stored in that dtype, tuned weights in
+    fp32; they are cast here. Modes replace it by subclasses."""
 
-    kernel = "auto"  # the implementation of a low-rank update, where a subclass has one; see GPT.set_kernel
+    kernel = "auto"  # the implementation of the low-rank update of a subclass; see GPT.set_kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        # .to() returns the tensor itself where the dtype is right already
+        # .to() returns the tensor itself if it has the dtype already
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return linear(x, self.weight.to(x.dtype), bias)
 
     def set_constant(self, constant: bool) -> None:
-        """True: parameters do not change until the call with False, so a subclass may keep tensors that it
-        derives from them (a cast, a norm). Decoding makes both calls."""
+        """Called with True, then with False; between the calls parameters do not change. So a subclass may keep tensors
+        that it derives from them (a cast, a norm). Decoding calls both."""
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation in its input's dtype."""
+    """Layer normalisation in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
@@ -89,8 +89,8 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Causal multi-head self-attention. Query, key and value are the outputs of one fused matrix.
 
-    `prefix` is the slot for prefix tuning: a module whose `weight` (P, 2C) has keys and values. They replace
-    those of the P reserved positions in front of each row, so every token of a row attends to them.
+    `prefix` is the slot for prefix tuning (Li and Liang 2021): a module whose `weight` (P, 2C) has keys and values.
+    They replace those of the P reserved positions in front of each row, so every token of a row attends to them.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -99,9 +99,9 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.prefix: nn.Module | None = None
         self.layer, self.n_head = layer, config.n_head
-        # scores are scaled by 1 / sqrt(hs), so that softmax does not saturate for wide heads
+        # 1 / sqrt(hs): the variance of q k^T grows with hs, and softmax would saturate (Vaswani et al. 2017)
         self.scale = 1 / math.sqrt(config.n_embd // config.n_head) if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:  # of Mistral's GPT-2: against overflow in fp16
+        if config.scale_attn_by_inverse_layer_idx:  # Stanford's Mistral models: against overflow in fp16
             self.scale /= layer + 1
 
     def forward(self, x: Tensor, rows: PackedRows, dropout: float = 0.0, cache: KVCache | None = None,
@@ -109,24 +109,28 @@ class Attention(nn.Module):
         """Attention within each packed row, (N, C) -> (N, C), or (n, C) of the tokens that `positions` (n,)
         index. A `cache` takes the keys and values."""
         qkv = self.c_attn(x)  # (N, C) -> (N, 3C)
-        # before the cache, so that decoding sees the prefix without knowing of it
+        # before the cache is filled, so that the prefix is in it when decoding
         if self.prefix is not None:
             qkv = put_prefix(qkv, self.prefix.weight.to(qkv.dtype), rows.positions)
         if cache is not None:
             cache.prefill(self.layer, qkv, rows)
         y = attention(qkv, rows, self.n_head, self.scale, dropout)  # (N, C)
-        return self.c_proj(select_tokens(y, positions))  # (n, C)
+        # keys and values need all tokens, but the projection only the selected ones
+        return self.c_proj(select_tokens(y, positions))  # (N, C) -> (n, C)
 
     def next(self, x: Tensor, cache: KVCache) -> Tensor:
         """The same for one new token in each of the cache's rows, (B, C) -> (B, C)."""
-        return self.c_proj(cache.attend(self.layer, self.c_attn(x), self.scale))
+        qkv = self.c_attn(x)  # (B, C) -> (B, 3C)
+        y = cache.attend(self.layer, qkv, self.scale)  # (B, C)
+        return self.c_proj(y)
 
 
 def put_prefix(qkv: Tensor, prefix: Tensor, positions: Tensor) -> Tensor:
-    """qkv (N, 3C) with the keys and values of the first P positions of each row taken from prefix (P, 2C)."""
+    """Replace the keys and values of the first P positions of each row by prefix (P, 2C): qkv (N, 3C) -> (N, 3C)."""
     P, C = prefix.shape[0], prefix.shape[1] // 2
+    # the clamp only makes the other positions valid indices; `where` drops their values
     learned = F.embedding(positions.clamp(max=P - 1), prefix)  # (N, 2C)
-    keys_values = torch.where((positions < P)[:, None], learned, qkv[:, C:])
+    keys_values = torch.where((positions < P)[:, None], learned, qkv[:, C:])  # (N, 2C)
     return torch.cat([qkv[:, :C], keys_values], dim=1)
 
 
@@ -147,8 +151,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each on a normalised input and added to the residual stream.
 
-    `attn_adapter` and `mlp_adapter` are slots for bottleneck adapters (Houlsby et al. 2019, figure 2): on a
-    sublayer's output, before it is added. Empty, they are the identity.
+    `attn_adapter` and `mlp_adapter` are slots for bottleneck adapters (Houlsby et al. 2019, figure 2). They get the
+    output of a sublayer, before it is added to the residual stream. An empty slot is the identity.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -162,17 +166,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rows: PackedRows, dropout: float = 0.0, cache: KVCache | None = None,
                 positions: Tensor | None = None) -> Tensor:
-        """x (N, C) -> (N, C). With `positions` (n,), keys and values use all tokens, but only these outputs
-        are computed: (n, C)."""
+        """x (N, C) -> (N, C), or (n, C) of the tokens that `positions` (n,) index. Keys and values use all tokens."""
         attended = self.attn(self.ln_1(x), rows, dropout, cache, positions)
         return self.add_sublayers(select_tokens(x, positions), attended, dropout)
 
     def next(self, x: Tensor, cache: KVCache) -> Tensor:
         """One new token in each of the cache's rows, (B, C) -> (B, C)."""
-        return self.add_sublayers(x, self.attn.next(self.ln_1(x), cache), dropout=0.0)
+        attended = self.attn.next(self.ln_1(x), cache)
+        return self.add_sublayers(x, attended, dropout=0.0)
 
     def add_sublayers(self, x: Tensor, attended: Tensor, dropout: float) -> Tensor:
-        """x plus attention's output, plus the MLP of that sum."""
+        """x plus the output of attention, plus the MLP of that sum."""
+        # no `training` argument for F.dropout: GPT.hidden passes a rate of 0 when the model does not train
         x = x + F.dropout(self.attn_adapter(attended), dropout)
         return x + F.dropout(self.mlp_adapter(self.mlp(self.ln_2(x))), dropout)
 
@@ -183,32 +188,28 @@ def select_tokens(x: Tensor, positions: Tensor | None) -> Tensor:
 
 
 class GPT(nn.Module):
-    """The model: its parameters, and how it computes.
-
-    Settings, changed after construction:
-    - `prompt`: the slot for a soft prompt, a module whose `weight` is (P, C), put in front of every row.
-    - `prompt_tokens`: the reserved positions P in front of every row. A mode that fills `prompt`, or the
-      `prefix` of the attention layers, sets it.
-    - `dropout`: GPT-2's embedding, attention and residual dropout while training.
-    - `checkpoint`: recompute a block's activations in the backward pass: less memory, more time.
-    - `per_row_layers`: layers that compute differently in each row. Before every pass each gets
-      `set_rows(row_ids, positions)` of the tokens that it will see.
-    - `compute_dtype`: the dtype of activations, see `set_compute_dtype`.
-    """
+    """The model. Its tokenizer, folder and fingerprint belong to the base (minift/files/weights.py)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        # from_pretrained: nn.Embedding would draw values, which on the meta device imports torch's compiler (2 s)
+        # from_pretrained: nn.Embedding draws random values, which on the meta device imports torch's compiler (2 s)
         self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.n_positions, config.n_embd), freeze=False)
-        self.prompt: nn.Module | None = None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+        # Settings, changed after construction.
+        # The slot for a soft prompt: a module whose `weight` (P, C) replaces the embeddings of the reserved positions.
+        self.prompt: nn.Module | None = None
+        # P, the reserved positions in front of every row. A mode sets it that fills `prompt`, or `prefix` of attention.
         self.prompt_tokens = 0
-        self.dropout, self.checkpoint = 0.0, False
+        self.dropout = 0.0  # GPT-2's embedding, attention and residual dropout, in training
+        self.checkpoint = False  # recompute a block's activations in the backward pass: less memory, more time
+        # Layers that compute differently in each row. Before every pass, each gets `set_rows(row_ids, positions)` of
+        # the tokens in the pass.
         self.per_row_layers: list[Any] = []
-        self.compute_dtype = torch.float32
+        self.compute_dtype = torch.float32  # of activations, see set_compute_dtype
 
     @property
     def device(self) -> torch.device:
@@ -222,8 +223,11 @@ class GPT(nn.Module):
             if parameter.dim() == 1:
                 parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
             else:
-                # two residual additions in each block: their variances add up to that of one
-                std = 0.02 / (math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1)
+                std = 0.02
+                if name.endswith("c_proj.weight"):
+                    # 2 n_layer outputs are added to the residual stream: with this factor their sum has the variance
+                    # of one
+                    std = 0.02 / math.sqrt(2 * self.config.n_layer)
                 parameter.data.normal_(0.0, std, generator=generator)
 
     # ---- one pass
@@ -237,15 +241,15 @@ class GPT(nn.Module):
         """Token ids (N,) at positions (N,) of their rows -> the first block's input (N, C)."""
         x = self.wte(tokens)  # (N, C)
         if self.prompt is not None:
-            # the first P positions of each row take the soft prompt; their token ids mean nothing
-            soft = self.prompt.weight.to(x.dtype)
-            soft = F.embedding(positions.clamp(max=len(soft) - 1), soft)  # (P, C) -> (N, C)
+            # the first P positions of each row take the soft prompt; their token ids have no meaning
+            soft = self.prompt.weight.to(x.dtype)  # (P, C)
+            soft = F.embedding(positions.clamp(max=len(soft) - 1), soft)  # (N, C), as in put_prefix
             x = torch.where((positions < self.prompt_tokens)[:, None], soft, x)
         return (x + self.wpe(positions)).to(self.compute_dtype)
 
     def hidden(self, batch: Batch, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Final hidden states after the last norm: (n, C) of the tokens that `positions` (n,) index, or (N, C)
-        of all. A `cache` takes the rows' keys and values, for `next_hidden`.
+        """The hidden states after the last norm: (n, C) of the tokens that `positions` (n,) index, or (N, C) of all.
+        A `cache` takes the keys and values of the rows, for `next_hidden`.
 
         Raises UserError when a row does not fit into the model's positions.
         """
@@ -260,8 +264,8 @@ class GPT(nn.Module):
         dropout = self.dropout if self.training else 0.0
         x = F.dropout(self.embed(batch.tokens, rows.positions), dropout)
         for block in self.h:
-            # after the last block's attention only the selected tokens are needed: in training the targets, some
-            # 15 % of the tokens. A layer that counts on every token of its rows must get them all.
+            # After attention in the last block, only the selected tokens are needed: in training those before a
+            # target, some 15 % of all. But layers that were told of all tokens by set_rows must get all.
             selected = positions if block is self.h[-1] and not self.per_row_layers else None
             if self.checkpoint and self.training:
                 x = checkpoint(block, x, rows, dropout, cache, selected, use_reentrant=False)
@@ -272,44 +276,46 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def next_hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Final hidden states (B, C) of one more token in each of the cache's rows, tokens (B,)."""
+        """The hidden states (B, C), after the last norm, of one new token in each of the cache's rows: tokens (B,)."""
         positions = cache.advance()  # (B,), in the cache's order of rows
         for layer in self.per_row_layers:
             layer.set_rows(cache.order, positions)
         x = self.embed(tokens[cache.order], positions)
         for block in self.h:
             x = block.next(x, cache)
-        return self.ln_f(x)[cache.inverse_order]
+        return self.ln_f(x)[cache.inverse_order]  # the caller's order of rows
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) in fp32; the head is the token embedding (tied weights)."""
         return linear(hidden, self.wte.weight.to(hidden.dtype), None).float()
 
     def loss(self, batch: Batch) -> Tensor:
-        """The training objective: the sum of -log p over the batch's targets, in nats. Only target positions
-        meet the vocabulary. Validation and scores do not use it (minift/report/metrics.py)."""
-        filler = -len(batch.target_positions) % 64  # each step has its own n: round it for few shapes
-        hidden = self.hidden(batch, F.pad(batch.target_positions, (0, filler)))  # (n + filler, C)
-        return cross_entropy(hidden, self.wte.weight, batch.targets)
+        """The training objective: the sum of -log p over the targets of the batch, in nats. Logits are computed for
+        targets alone. Validation and scores have their own loss (minift/report/metrics.py)."""
+        # each step has another n; rounded up to a multiple of 64, there are few shapes for oneDNN to compile
+        filler = -len(batch.target_positions) % 64
+        positions = F.pad(batch.target_positions, (0, filler))  # (n + filler,), the filler is position 0
+        hidden = self.hidden(batch, positions)  # (n + filler, C)
+        return cross_entropy(hidden, self.wte.weight, batch.targets)  # ignores the filler
 
-    # ---- how it computes
+    # ---- settings
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Compute in `dtype`. Frozen weights are converted now; tuned ones stay in fp32 and are cast at each
-        use, so that the optimizer's small steps are not rounded away."""
+        """Compute in `dtype`. Frozen weights are converted now. Tuned weights stay in fp32 and are cast at each use: in
+        bf16, the small steps of the optimizer would be rounded away."""
         self.compute_dtype = dtype
         for parameter in self.parameters():
-            stored = torch.float32 if parameter.requires_grad else dtype
-            # a frozen weight that needs no conversion may stay mapped from its file, transposed
-            if parameter.requires_grad or parameter.dtype != stored:
-                source = parameter.data
-                # a tuned weight is copied even in the right dtype: the optimizer must not change a shared base
-                parameter.data = source.to(stored, copy=parameter.requires_grad,
-                                           memory_format=torch.contiguous_format)
-                release_pages(source)  # of the base's file, which need not stay in memory beside the copy
+            tuned = parameter.requires_grad
+            stored = torch.float32 if tuned else dtype
+            if not tuned and parameter.dtype == stored:
+                continue  # it may stay mapped from its file
+            source = parameter.data
+            # copy: a tuned weight that has the dtype already is shared with the base, which must not change
+            parameter.data = source.to(stored, copy=tuned, memory_format=torch.contiguous_format)
+            release_pages(source)  # the base's file need not stay in memory beside the copy
 
     def set_kernel(self, kernel: str) -> None:
-        """The implementation of low-rank updates, one of ops.lora.KERNELS."""
+        """Choose the implementation of low-rank updates, one of ops.kernel_choice.KERNELS."""
         for layer in self.linear_layers():
             layer.kernel = kernel
 
@@ -318,8 +324,9 @@ class GPT(nn.Module):
 
     @contextlib.contextmanager
     def constant_parameters(self) -> Iterator[None]:
-        """While entered, parameters do not change, and layers keep what they derive from them."""
-        layers = [] if is_sharded(self) else self.linear_layers()  # nothing can be derived from a part of a weight
+        """While entered, parameters do not change, and layers may keep tensors that they derive from them."""
+        # with FSDP2 a rank holds a part of each weight, from which nothing can be derived
+        layers = [] if is_sharded(self) else self.linear_layers()
         for layer in layers:
             layer.set_constant(True)
         try:
@@ -329,14 +336,18 @@ class GPT(nn.Module):
                 layer.set_constant(False)
 
     def shared_copy(self) -> "GPT":
-        """A second, frozen model on this one's weights, without copying them. A mode can be applied to it and
-        a tuned file loaded: both put new tensors in the place of shared ones, so this model does not change."""
+        """A second, frozen model that shares the weights of this one, so it needs almost no memory.
+
+        A mode, `set_compute_dtype` and a tuned file put new tensors in the place of shared ones, and never write into
+        them. So this model does not change.
+        """
+        # deepcopy takes the copy of an object from this dictionary, {id: copy}, if it is there
         shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in self.parameters()}
         return copy.deepcopy(self, shared)
 
 
 def compare_shapes(expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> list[str]:
-    """Every difference between the expected names and shapes and those found, one phrase each."""
+    """Every difference between the expected names and shapes and those found, as a phrase for an error message."""
     differences = [f"{name} is missing" for name in expected if name not in found]
     differences += [f"{name} is not expected" for name in found if name not in expected]
     for name, shape in expected.items():

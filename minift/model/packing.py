@@ -1,6 +1,6 @@
-"""Rows of different lengths as one batch: all tokens end to end, without padding between rows.
+"""Rows of different lengths as one batch: all tokens one after another, without padding between the rows.
 
-This is the only form of a batch. The model takes it in training, validation and the prefill of decoding.
+This is the only form of a batch. Training, validation, scores and the first pass of decoding use it.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from minift.ops.attention import PackedRows, padded_length
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids, and the half-open spans of them that are learned. A span begins at 1 or later: the first
-    token has no token before it to be predicted from."""
+    """Token ids, and the spans of them that are targets, as (begin, end) with `end` excluded. A chat may have several
+    spans. A span begins at 1 or later: the first token cannot be predicted from a token before it."""
 
     ids: list[int]
     spans: tuple[tuple[int, int], ...]
@@ -26,34 +26,25 @@ class Row:
 
 
 def text_row(ids: list[int]) -> Row:
-    """A row in which every token after the first is learned."""
+    """A row in which every token after the first is a target."""
     return Row(ids, ((1, len(ids)),))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows with their tokens and targets.
+    """Packed rows with their tokens and targets."""
 
-    tokens (N,): token ids; the positions of a soft prompt, and the filler at the end, hold any id.
-    rows: where each row lies in the N tokens.
-    target_positions (n,): indices into N of the tokens whose next token is learned.
-    targets (n,): those next tokens.
-    """
-
-    tokens: Tensor
-    rows: PackedRows
-    target_positions: Tensor
-    targets: Tensor
+    tokens: Tensor  # (N,): token ids; those of reserved positions and of the filler at the end have no meaning
+    rows: PackedRows  # the layout of the rows in the N tokens
+    target_positions: Tensor  # (n,): indices into N of the tokens whose next token is a target
+    targets: Tensor  # (n,): those next tokens
 
 
 def pack_tokens(sequences: Sequence[list[int]], prompt_tokens: int, device: torch.device,
                 round_shapes: bool) -> tuple[Tensor, PackedRows]:
-    """Tokens (N,) and the layout of sequences, each with `prompt_tokens` reserved positions in front.
-
-    N is rounded up, see `padded_length`. The filler repeats the first token; nothing reads its result.
-    """
+    """Tokens (N,) and the layout of sequences, each with `prompt_tokens` reserved positions in front. N is rounded up,
+    see `padded_length`."""
     seqlens = [prompt_tokens + len(ids) for ids in sequences]
-    # attention rounds row lengths up, so the last row needs some tokens behind it
     filler = padded_length(seqlens, round_shapes) - sum(seqlens)
     tokens, row_ids, positions, cu_seqlens = [], [], [], [0]
     for row, ids in enumerate(sequences):
@@ -63,6 +54,7 @@ def pack_tokens(sequences: Sequence[list[int]], prompt_tokens: int, device: torc
         cu_seqlens.append(len(tokens))
 
     def tensor(values: list[int]) -> Tensor:
+        # the filler repeats the values of the first token: valid ids and positions, and nothing reads their results
         return torch.tensor(values + values[:1] * filler, device=device)  # (N,)
 
     rows = PackedRows(seqlens, torch.tensor(cu_seqlens, dtype=torch.int32, device=device),
@@ -71,7 +63,8 @@ def pack_tokens(sequences: Sequence[list[int]], prompt_tokens: int, device: torc
 
 
 def pack(rows: Sequence[Row], prompt_tokens: int, device: torch.device, round_shapes: bool) -> Batch:
-    """Rows as a batch for training or scoring. A row's last token is a target only: nothing follows it."""
+    """Rows as a batch. `prompt_tokens` is the number of reserved positions in front of each row."""
+    # the model does not read the last token of a row: no token after it is to be predicted
     tokens, packed = pack_tokens([row.ids[:-1] for row in rows], prompt_tokens, device, round_shapes)
     target_positions, targets = [], []
     start = 0  # of the row in the N tokens
@@ -81,5 +74,6 @@ def pack(rows: Sequence[Row], prompt_tokens: int, device: torch.device, round_sh
             target_positions += range(before, before + end - begin)
             targets += row.ids[begin:end]
         start += seqlen
+    # with a dtype, since a list without targets would give a float tensor
     index = {"dtype": torch.long, "device": device}
     return Batch(tokens, packed, torch.tensor(target_positions, **index), torch.tensor(targets, **index))
