@@ -1,5 +1,5 @@
-"""The parts of a training run that train.py, the plan and the benchmarks share: how a configuration becomes a model and
-an optimizer, in which order rows are trained on, the learning rate, and one optimizer step."""
+"""The parts of a training run that train.py, the plan and the benchmarks share: from a configuration to a model and an
+optimizer, the order of the rows, the learning rate, and one optimizer step."""
 
 import contextlib
 import itertools
@@ -26,11 +26,12 @@ MicroBatches = list[Sequence[Row]]  # the rows of an optimizer step, one batch f
 
 
 def apply_config(model: GPT, config: Config) -> None:
-    """Turn a copy of the base into the model that a run trains."""
-    options, device = config.train, choose_device(config.train.device)
+    """Turn a copy of the base into the model that a run trains, in place."""
+    options = config.train
+    device = choose_device(options.device)
     modes.apply(model, config.mode, config.mode_options)
     model.dropout, model.checkpoint = options.model_dropout, options.checkpoint
-    # after the mode: only now it is known which weights are frozen and can be stored in the compute dtype
+    # after the mode, which decides what is frozen: only frozen weights are stored in the compute dtype
     model.set_compute_dtype(choose_dtype(options.dtype, device))
     check_kernel(options.kernel, device)
     model.set_kernel(options.kernel)
@@ -39,34 +40,36 @@ def apply_config(model: GPT, config: Config) -> None:
 def build_on_meta(base: Base, config: Config) -> GPT:
     """The model that a run will train, without values: for the plan, and to check the options before anything is
     written. Raises UserError for options that this base cannot be tuned with."""
-    model = base.model.shared_copy().to("meta")
+    model = base.model.shared_copy().to("meta")  # shapes and dtypes without memory
     apply_config(model, config)
-    if not modes.tuned_parameters(model):
+    if not modes.tuned_parameters(model):  # such as LoRA with rank 0 in every layer
         raise UserError(f"--mode {config.mode} leaves nothing to train in {base.folder} with these options")
     if config.adapter is not None:
         modes.check_tuned(model, config.adapter.tensors, config.adapter.source)
-    room = model.config.n_positions - model.prompt_tokens
-    if config.train.max_new_tokens >= room:
-        raise UserError(f"--max-new-tokens {config.train.max_new_tokens} leaves no room for a prompt in the {room} "
-                        "positions of the model: lower it")
+    # the predictions at the end of a run need at least one token to start from
+    free_positions = model.config.n_positions - model.prompt_tokens
+    if config.train.max_new_tokens >= free_positions:
+        raise UserError(f"--max-new-tokens {config.train.max_new_tokens} leaves no room for a prompt in the "
+                        f"{free_positions} positions of the model: lower it")
     return model
 
 
 def build(base: Base, config: Config) -> GPT:
     """The model that a run trains, with the mode's initial values, on the run's device."""
-    torch.manual_seed(config.train.seed)
+    torch.manual_seed(config.train.seed)  # for the initial values that the mode draws
     model = base.model.shared_copy()
     apply_config(model, config)
     if start := modes.MODES[config.mode].start:
         start(model, config.mode_options, base.tokenizer)
-    if config.adapter is not None:
+    if config.adapter is not None:  # --adapter: start from the parameters of an earlier run
         modes.load_tuned(model, config.adapter.tensors, config.adapter.source)
+    # last, since on the CPU all ranks draw the same values, and a sharded model has only parts of them
     to_device(model, choose_device(config.train.device), config.train.shard)
     return model
 
 
 def untouched_base(base: Base, options: TrainOptions) -> GPT:
-    """A copy of the base that computes as a run's model does, to be scored."""
+    """A copy of the base with the compute dtype and the device of a run, so that the scores of both compare."""
     device = choose_device(options.device)
     model = base.model.shared_copy()
     model.set_compute_dtype(choose_dtype(options.dtype, device))
@@ -75,23 +78,30 @@ def untouched_base(base: Base, options: TrainOptions) -> GPT:
 
 
 def make_optimizer(model: GPT, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW on the parameters that train. Matrices decay, unless a mode marks them `no_decay`; vectors (biases and
-    norms) do not."""
+    """AdamW (Loshchilov and Hutter 2019) on the parameters that train. Matrices decay, unless a mode marks them
+    `no_decay`; vectors (biases and norms) do not."""
     decayed, others = [], []
     for parameter in modes.tuned_parameters(model).values():
-        decays = parameter.dim() >= 2 and not getattr(parameter, "no_decay", False)
-        (decayed if decays else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    fused = model.device.type != "mps"
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=fused)
+        if parameter.dim() >= 2 and not getattr(parameter, "no_decay", False):
+            decayed.append(parameter)
+        else:
+            others.append(parameter)
+    groups = []
+    if decayed:
+        groups.append({"params": decayed, "weight_decay": weight_decay})
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
+    fused = model.device.type != "mps"  # one kernel for all parameters; not on Apple's GPUs
+    return torch.optim.AdamW(groups, lr=lr, fused=fused)
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
-    """The learning rate of a step (0 is the first): linear warm-up to options.lr, then the schedule, down to 0."""
+    """The learning rate of a step, where 0 is the first step and `steps` their number: linear warm-up to options.lr,
+    then constant, or down to 0 on a line or half a cosine."""
     warmup = math.ceil(steps * options.warmup_ratio)
     if step < warmup:
-        return options.lr * ((step + 1) / warmup)
-    done = (step - warmup) / max(1, steps - warmup)
+        return options.lr * ((step + 1) / warmup)  # step + 1: a first step with rate 0 would be lost
+    done = (step - warmup) / max(1, steps - warmup)  # from 0 to 1; max: with warm-up alone there are no steps after it
     if options.schedule == "constant":
         return options.lr
     if options.schedule == "linear":
@@ -100,18 +110,21 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
 
 
 def steps_per_epoch(num_rows: int, options: TrainOptions) -> int:
-    return math.ceil(math.ceil(num_rows / options.batch) / options.accumulate)
+    """The optimizer steps of one pass over the rows; the last batch, and the last step, may be smaller."""
+    batches_per_epoch = math.ceil(num_rows / options.batch)
+    return math.ceil(batches_per_epoch / options.accumulate)
 
 
 def total_steps(num_rows: int, options: TrainOptions) -> int:
+    """The optimizer steps of a run: --steps, else --epochs."""
     if options.steps is not None:
         return options.steps
     return max(1, round(options.epochs * steps_per_epoch(num_rows, options)))
 
 
 def iterate_steps(rows: Sequence[Row], options: TrainOptions, first: int) -> Iterator[MicroBatches]:
-    """The rows of each optimizer step from step `first` on, without end. An epoch's order depends only on the seed
-    and the epoch's number, so a run resumes at any step."""
+    """The rows of each optimizer step, from step `first` on, without end. The order of an epoch depends on the seed and
+    the number of the epoch alone, so a run resumes at any step."""
     epoch, skipped = divmod(first, steps_per_epoch(len(rows), options))
     while True:
         if options.order == "file":
@@ -124,41 +137,51 @@ def iterate_steps(rows: Sequence[Row], options: TrainOptions, first: int) -> Ite
 
 
 def largest_batch(rows: Sequence[Row], options: TrainOptions) -> Sequence[Row]:
-    """The largest batch of a run, each row counted at the length of the longest: it decides the peak memory."""
+    """The batch of a run that needs the most memory. It decides the peak."""
     steps = itertools.islice(iterate_steps(rows, options, 0), total_steps(len(rows), options))
-    return max((batch for micro_batches in steps for batch in micro_batches),
-               key=lambda batch: len(batch) * max(len(row.ids) for row in batch))
+    largest, largest_size = [], 0
+    for micro_batches in steps:
+        for batch in micro_batches:
+            # each row at the length of the longest, as attention on a GPU pads it
+            size = len(batch) * max(len(row.ids) for row in batch)
+            if size > largest_size:
+                largest, largest_size = batch, size
+    return largest
 
 
 def train_step(model: GPT, micro_batches: MicroBatches, clip: float,
                replica: nn.Module | None = None) -> tuple[float, float]:
-    """Compute the gradients of one optimizer step. Returns the loss in nats per target token, of this rank's rows, and
-    the norm of the gradient before clipping.
+    """Compute and clip the gradients of one optimizer step.
 
-    The loss is the sum over the targets of all micro-batches divided by their number, so 1 x 8 rows and 8 x 1 row are
-    the same step, and so are 2 x 4 on two ranks. `replica` comes from distributed.replicate.
+    Returns this rank's part of the loss in nats per target (the sum over the ranks is the loss of the step), and the
+    norm of the gradient before clipping. clip: the largest norm, 0 for no limit. replica: of distributed.replicate.
     """
+    # The sum over all targets of the step divided by their number, not a mean of the means of micro-batches: so 1 x 8
+    # rows and 8 x 1 row are the same step, and so are 2 x 4 on two ranks.
     targets_in_step = sum(row.num_targets for batch in micro_batches for row in batch)
     loss_sum = 0.0
     for number, batch in enumerate(micro_batches, start=1):
         packed = model.pack(local_rows(batch))  # the only place where training rows become tensors
         # ranks exchange gradients once a step, after the last micro-batch
-        wait = replica.no_sync() if replica and number < len(micro_batches) else contextlib.nullcontext()
-        with wait:
+        is_last = number == len(micro_batches)
+        no_exchange = replica.no_sync() if replica and not is_last else contextlib.nullcontext()
+        with no_exchange:
             loss = (replica or model.loss)(packed) / targets_in_step
-            (loss * WORLD_SIZE).backward()  # the exchange averages: undo its division
+            (loss * WORLD_SIZE).backward()  # the exchange averages over the ranks, and a sum is needed
         loss_sum += loss.item()
     tuned = modes.tuned_parameters(model).values()
-    return loss_sum, nn.utils.clip_grad_norm_(tuned, clip or math.inf).item()
+    grad_norm = nn.utils.clip_grad_norm_(tuned, clip or math.inf)  # inf: only compute the norm
+    return loss_sum, grad_norm.item()
 
 
 def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, step: int, folder: Path) -> UserError:
-    """The error for a loss or gradient that is not finite: where to look. The parameters on the disk are good."""
+    """The error for a loss or gradient that is not finite. It names the step, the parameter with the largest gradient,
+    and the rows. The step was not applied, so saved parameters are good."""
     norms = {}
     for name, parameter in modes.tuned_parameters(model).items():
         if parameter.grad is not None:
             norm = full_tensor(parameter.grad).norm().item()
-            norms[name] = norm if math.isfinite(norm) else math.inf
+            norms[name] = norm if math.isfinite(norm) else math.inf  # nan would not compare
     worst = max(norms, key=norms.__getitem__)
     rows = ", ".join(row.pair.where for batch in micro_batches for row in batch)
     intact = f"{folder / LAST} is intact" if (folder / LAST).exists() else "nothing is saved yet"

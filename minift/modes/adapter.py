@@ -24,8 +24,7 @@ class Options:
 
 
 class Adapter(nn.Module):
-    """x + up(gelu(down(x))), (..., C) -> (..., C). `up` starts at zero, so the adapter starts as the
-    identity."""
+    """x + up(gelu(down(x))), (..., C) -> (..., C)."""
 
     def __init__(self, n_embd: int, bottleneck: int, device: torch.device):
         super().__init__()
@@ -33,11 +32,13 @@ class Adapter(nn.Module):
         self.up = Linear(bottleneck, n_embd, device=device)
         nn.init.normal_(self.down.weight, std=0.01)  # Houlsby et al. 2019, section 3.6: near-zero works
         nn.init.zeros_(self.down.bias)
+        # exactly zero, so that the adapter starts as the identity and the first loss is the base's
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(F.gelu(self.down(x)))
+        hidden = F.gelu(self.down(x))  # (..., C) -> (..., bottleneck)
+        return x + self.up(hidden)  # (..., bottleneck) -> (..., C)
 
 
 def apply(model: GPT, options: Options) -> None:

@@ -12,6 +12,7 @@ class Options:
 
 
 def apply(model: GPT, options: Options) -> None:
+    """Unfreeze everything."""
     model.requires_grad_(True)
 
 

@@ -11,20 +11,20 @@ from minift.model.gpt import GPT
 
 @dataclass(frozen=True)
 class Mode:
-    """One tuning mode. The first five fields are required, the others say what else the mode can do."""
+    """One tuning mode. The fields without a default are required; the others are what else the mode can do."""
 
     name: str
     Options: type  # a frozen dataclass; its fields become command-line flags
-    apply: Callable[[GPT, Any], None]
-    lr: float  # default peak learning rate, and for the embedded base below
-    embedded_lr: float
-    weight_decay: float = 0.0
-    # initial values that depend on the tokenizer, for a new run: start(model, options, tokenizer)
+    apply: Callable[[GPT, Any], None]  # apply(model, options)
+    lr: float  # default peak learning rate for GPT-2
+    embedded_lr: float  # the same for the embedded base, which is much smaller
+    weight_decay: float = 0.0  # default weight decay
+    # give a new run initial values that depend on the tokenizer: start(model, options, tokenizer)
     start: Callable[[GPT, Any, Tokenizer], None] | None = None
-    # fold what the mode added into GPT-2's own weights
+    # add the effect of the mode's parameters to GPT-2's own weights
     merge: Callable[[GPT], None] | None = None
-    why_no_merge: str = ""  # the reason to show, for a mode that adds parameters and has no merge
-    # lines about the learned parameters: describe(model, tokenizer)
+    why_no_merge: str = ""  # the reason in the error message, for a mode that adds parameters and has no merge
+    # text lines about the learned parameters: describe(model, tokenizer)
     describe: Callable[[GPT, Tokenizer], list[str]] | None = None
     peft_type: str | None = None  # PEFT's name of the method, if minift/files/peft.py can convert it
-    uses_kernel: bool = False  # whether --kernel chooses how the mode computes
+    uses_kernel: bool = False  # whether --kernel has a meaning for the mode

@@ -32,11 +32,12 @@ class SoftPrompt(nn.Module):
     def __init__(self, initial: Tensor):
         super().__init__()
         self.weight = nn.Parameter(initial.detach().float().clone())
-        self.weight.no_decay = True
+        self.weight.no_decay = True  # it is a matrix, and matrices decay by default
 
 
 def apply(model: GPT, options: Options) -> None:
-    """Fill the model's prompt slot. Raises UserError when it would leave no room, or options contradict."""
+    """Fill the model's prompt slot. Raises UserError for a prompt that takes all positions, or options that contradict
+    each other."""
     P, n_positions = options.prompt_tokens, model.config.n_positions
     if P >= n_positions:
         raise UserError(f"--prompt-tokens {P}: must be below the model's {n_positions} positions")
@@ -44,9 +45,9 @@ def apply(model: GPT, options: Options) -> None:
         raise UserError("--prompt-init text and --prompt-text TEXT belong together: give both or neither")
     if options.prompt_init == "vocab":
         common = min(COMMON_TOKENS, model.config.vocab_size)
-        sampled = torch.randperm(common)[torch.arange(P) % common]
+        sampled = torch.randperm(common)[torch.arange(P) % common]  # (P,); repeated if P is larger
         initial = model.wte.weight[sampled]
-    else:  # "text" replaces these values in start_from_text
+    else:  # noise; text replaces these values in start_from_text, as `apply` has no tokenizer
         initial = torch.randn(P, model.config.n_embd).to(model.device) * 0.02
     model.prompt, model.prompt_tokens = SoftPrompt(initial), P
 
@@ -60,17 +61,18 @@ def start_from_text(model: GPT, options: Options, tokenizer: Tokenizer) -> None:
     if not ids:
         raise UserError("--prompt-text is empty: give at least one token to start from")
     P = model.prompt_tokens
-    repeated = (ids * P)[:P]
+    repeated = (ids * P)[:P]  # exactly P tokens, from a shorter or a longer text
     model.prompt.weight.copy_(model.wte.weight[torch.tensor(repeated)])
 
 
 @torch.no_grad()
 def nearest_tokens(model: GPT, tokenizer: Tokenizer, count: int = 3) -> list[list[tuple[str, float]]]:
-    """For each learned vector the `count` vocabulary tokens nearest by cosine, with the cosine. A way to look
-    at them, not an explanation: different prompts can do the same work (Lester et al. 2021, section 7)."""
+    """For each learned vector, the `count` tokens whose embeddings have the largest cosine with it, and the cosines.
+    This shows the vectors but explains little: different prompts can do the same work (Lester et al. 2021, section
+    7)."""
     vocabulary = F.normalize(model.wte.weight.float(), dim=-1)  # (V, C)
     cosine = F.normalize(model.prompt.weight.float(), dim=-1) @ vocabulary.T  # (P, V)
-    best = cosine.topk(count)
+    best = cosine.topk(count)  # (P, count)
     nearest = []
     for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
         tokens = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]

@@ -1,7 +1,7 @@
-"""Selective tuning, the layer-freezing selector: some of the base's own parameters train, the others stay frozen.
+"""Selective tuning: some parameters of the base train, the others stay frozen.
 
 FT-Top2 of the LoRA paper (Hu et al. 2021, table 3) is `top:2`; BitFit (Ben Zaken et al. 2022) is `bias`.
-Parameters are found by the module that owns them, never by a part of their name.
+Parameters are found by the type and place of their module, never by a part of their name, which would be fragile.
 """
 
 from collections.abc import Iterable
@@ -19,13 +19,14 @@ GROUP_HELP = "top:N, bottom:N, blocks:A-B, bias, norm, attention, mlp, embedding
 
 @dataclass(frozen=True)
 class Options:
+    # "," is a union of terms, "+" an intersection of groups within a term
     train: str = option("top:2", f"the parameters that train: a comma list (a union) of {GROUP_HELP}; '+' "
                                  "intersects: top:2+bias is the biases of the top two blocks")
 
 
 def apply(model: GPT, options: Options) -> None:
-    """Unfreeze the groups that `options.train` names. Raises UserError for an unknown group or one without
-    parameters."""
+    """Unfreeze the parameters that `options.train` names. Raises UserError for an unknown group, or a term that matches
+    no parameter."""
     for term in options.train.split(","):
         chosen = list(model.parameters())
         for group in term.split("+"):
@@ -60,7 +61,8 @@ def group_parameters(model: GPT, group: str) -> Iterable[nn.Parameter]:
 
 
 def block_range(kind: str, argument: str, n_layer: int) -> slice:
-    """`top:2`, `bottom:1` or `blocks:4-7` (both ends included, counted from 0) as a slice of the blocks."""
+    """The blocks that `top:2`, `bottom:1` or `blocks:4-7` names, as a slice. Blocks are counted from 0, and both ends
+    are included."""
     first, dash, last = argument.partition("-")
     if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and kind != "blocks"):
         raise UserError(f"--train: {kind}:{argument} cannot be read; write top:2, bottom:1 or blocks:4-7")
@@ -70,7 +72,7 @@ def block_range(kind: str, argument: str, n_layer: int) -> slice:
     elif kind == "bottom":
         begin, end = 0, count
     else:
-        begin, end = count, int(last or first) + 1
+        begin, end = count, int(last or first) + 1  # blocks:4 is block 4 alone
     if begin < 0 or end > n_layer or begin >= end:
         raise UserError(f"--train: {kind}:{argument} does not fit a model of {n_layer} blocks (0 to "
                         f"{n_layer - 1})")
