@@ -1,7 +1,7 @@
 """The cost of a run before it starts: python train.py --plan, without weights and without a network.
 
-There are no formulas: the real training step of the real model in the real mode runs on torch's fake tensors, which
-have a shape, a dtype and a device, but no memory. So the plan follows the code.
+There are no formulas that could differ from the code. The training step of the real model runs on torch's fake tensors,
+which have a shape, a dtype and a device, but no values and no memory.
 """
 
 import copy
@@ -38,10 +38,10 @@ COLUMNS = {
     "tuned_bytes": ("tuned file", format_bytes),
     "flops_per_token": ("FLOPs/token", "{:.2e}".format),
 }
-ASSUMED_TOKENS = 512  # of a row, where there are no rows; a fifth of them are targets
+ASSUMED_TOKENS = 512  # tokens of a row, for a plan without rows; a fifth of them are targets
 
 aten = torch.ops.aten
-# the argument that is the left matrix of a product
+# {matrix product: the number of the argument that is its left matrix}
 LEFT_MATRIX = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1}
 if torch.backends.mkldnn.is_available():
     LEFT_MATRIX[torch.ops.mkldnn._linear_pointwise] = 0
@@ -49,8 +49,11 @@ if torch.backends.mkldnn.is_available():
 
 class MemoryMeter(TorchDispatchMode):
     """While entered: the bytes of all live tensors on one kind of device, their peak, the largest tensor of logits,
-    and the FLOPs of matrix products. A storage counts once, from the operation that makes it until it is freed.
-    Memory that an operation allocates and frees inside itself is not seen."""
+    and the FLOPs of matrix products.
+
+    A storage counts once, however many tensors view it, from the operation that creates it until it is freed. Memory
+    that an operation allocates and frees inside itself is not seen.
+    """
 
     def __init__(self, device_type: str, config: GPTConfig):
         super().__init__()
@@ -71,9 +74,10 @@ class MemoryMeter(TorchDispatchMode):
         if id(storage) in self.counted:
             return
         self.counted.add(id(storage))
-        weakref.finalize(storage, self.release, id(storage), storage.nbytes())
+        weakref.finalize(storage, self.release, id(storage), storage.nbytes())  # calls release when it is freed
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
+        # logits have V in their shape, and so have the token embedding and its gradient, with C
         if self.config.vocab_size in tensor.shape and self.config.n_embd not in tensor.shape:
             self.logits = max(self.logits, storage.nbytes())
 
@@ -85,36 +89,43 @@ class MemoryMeter(TorchDispatchMode):
 def flops(func: Any, args: Any, result: Any) -> int:
     """FLOPs of one operation: 2 per multiply-add of a matrix product, with attention counted as the full T x T square.
     0 for anything else."""
-    packet = func.overloadpacket
+    packet = func.overloadpacket  # the operation, such as aten.mm, for all types of arguments
     if packet in FLOPS:
         return FLOPS[packet](*args)
     if packet in LEFT_MATRIX:
-        return 2 * result.numel() * args[LEFT_MATRIX[packet]].shape[-1]
-    if "scaled_dot_product" in packet.__name__:
-        backward = packet.__name__.endswith("backward")  # the scores again, and four products
-        q, k = args[1:3] if backward else args[:2]
-        return 2 * (5 if backward else 2) * q.numel() * k.shape[-2]
+        left = args[LEFT_MATRIX[packet]]
+        return 2 * result.numel() * left.shape[-1]  # every element of (M, N) sums K products
+    if "scaled_dot_product" in packet.__name__:  # torch has one for each kind of device
+        if packet.__name__.endswith("backward"):
+            q, k = args[1:3]
+            products = 5  # the scores again, and the gradients of the probabilities, q, k and v
+        else:
+            q, k = args[:2]
+            products = 2  # q k^T and probabilities v
+        return 2 * products * q.numel() * k.shape[-2]
     return 0
 
 
 class FakeValues(TorchDispatchMode):
-    """Values where fake tensors have none: any single number is 1 (a loss), and nothing is drawn at random."""
+    """While entered: operations that need values, which fake tensors do not have, get invented ones."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is aten._local_scalar_dense.default:
+        if func is aten._local_scalar_dense.default:  # tensor.item(), such as of a loss
             return 1
-        if "generator" in kwargs:
+        if "generator" in kwargs:  # nothing is drawn at random
             kwargs["generator"] = None
         return func(*args, **kwargs)
 
 
 def predict(config: Config, meta_model: GPT, batch: Sequence[Row]) -> dict[str, Any]:
-    """One mode's cost under the names of COLUMNS, for steps whose micro-batches are all like `batch`. The peak is that
-    of a run's own tensors on its device. `meta_model` comes from training.build_on_meta."""
+    """One mode's cost under the names of COLUMNS, if every micro-batch is like `batch`. The peak is that of the run's
+    tensors on its device. `meta_model` comes from training.build_on_meta."""
     from torch._subclasses import FakeTensorMode  # imports a large part of torch, and only a plan needs it
-    options, device = config.train, choose_device(config.train.device)
-    micro_batches = [batch] * min(options.accumulate, 2)  # the second finds the gradients of the first
+    options = config.train
+    device = choose_device(options.device)
+    # two are enough for the peak: in the second, the gradients of the first are there, as in every later one
+    micro_batches = [batch] * min(options.accumulate, 2)
     rows = local_rows(batch)
     model = copy.deepcopy(meta_model)
     meter = MemoryMeter(device.type, model.config)
@@ -126,29 +137,38 @@ def predict(config: Config, meta_model: GPT, batch: Sequence[Row]) -> dict[str, 
         optimizer = make_optimizer(model, options.lr, options.weight_decay)
         tuned = modes.tuned_parameters(model)
 
+        # activations: the memory that a forward pass leaves for the backward pass
         before = meter.live
         loss = model.loss(model.pack(rows))
         activations = meter.live - before
         del loss
+
+        # the first step creates the optimizer's state, which is there in every later step
         for parameter in tuned.values():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes the optimizer's state, which every later step finds
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+        # a later step has the peak
         meter.flops = 0
         train_step(model, micro_batches, options.clip)
-        gradients, step_flops = nbytes(p.grad for p in tuned.values()), meter.flops
+        gradients = nbytes(p.grad for p in tuned.values())
+        step_flops = meter.flops
         optimizer.step()
     state = [value for entry in optimizer.state.values() for value in entry.values()]
-    tokens = sum(len(row.ids) - 1 for row in rows) * len(micro_batches)
+    tokens = sum(len(row.ids) - 1 for row in rows) * len(micro_batches)  # a row's last token is a target only
     return {
         "mode": config.mode,
         "trainable_parameters": sum(p.numel() for p in tuned.values()),
-        "weights_bytes": nbytes(model.parameters()), "gradients_bytes": gradients,
-        "optimizer_bytes": nbytes(state), "activations_bytes": activations, "logits_bytes": meter.logits,
+        "weights_bytes": nbytes(model.parameters()),
+        "gradients_bytes": gradients,
+        "optimizer_bytes": nbytes(state),
+        "activations_bytes": activations,
+        "logits_bytes": meter.logits,
         "predicted_peak_bytes": process_bytes(meter.peak, device, model.compute_dtype),
         "tuned_bytes": nbytes(tuned.values()),
-        "flops_per_token": step_flops / tokens}
+        "flops_per_token": step_flops / tokens,
+    }
 
 
 def nbytes(tensors: Any) -> int:
@@ -157,27 +177,33 @@ def nbytes(tensors: Any) -> int:
 
 def report(configs: list[Config]) -> str:
     """The text of train.py --plan: the planned step and a row for each mode. Raises UserError."""
-    options, data = configs[0].train, configs[0].data
-    device, base = choose_device(options.device), weights.load_on_meta(options.model)
+    options, data = configs[0].train, configs[0].data  # all modes of a comparison share them, but for lr and decay
+    device = choose_device(options.device)
+    base = weights.load_on_meta(options.model)
     models = [build_on_meta(base, config) for config in configs]
-    room = base.model.config.n_positions - max(model.prompt_tokens for model in models)
+    # all modes train on the same rows, so the mode with the most reserved positions limits their length
+    max_tokens = base.model.config.n_positions - max(model.prompt_tokens for model in models)
     if data.data and base.tokenizer is not None:
-        rows, _ = load_examples(data, options.seed, base.tokenizer, base.eos_token_id, room, {"train": None})
-        batch, origin = largest_batch(rows["train"], options), f"the largest batch of {data.data}"
+        rows, _ = load_examples(data, options.seed, base.tokenizer, base.eos_token_id, max_tokens, {"train": None})
+        batch = largest_batch(rows["train"], options)
+        origin = f"the largest batch of {data.data}"
     else:
-        tokens = min(data.max_length or ASSUMED_TOKENS, room)
-        batch = [Row([0] * tokens, ((tokens - max(1, tokens // 5), tokens),))] * options.batch
+        tokens = min(data.max_length or ASSUMED_TOKENS, max_tokens)
+        num_targets = max(1, tokens // 5)
+        batch = [Row([0] * tokens, ((tokens - num_targets, tokens),))] * options.batch
         origin = "assumed: give --data and a folder with a tokenizer to plan with real rows"
     results = [predict(config, model, batch) for config, model in zip(configs, models, strict=True)]
-    resident = resident_memory(device)  # after the first plan, as planning is part of every run
+    # measured after planning, which needs memory too and is part of every run
+    resident = resident_memory(device)
     for result in results:
         result["predicted_peak_bytes"] += resident
     dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
-    total = sum(p.numel() for p in base.model.parameters())
+    parameters = sum(p.numel() for p in base.model.parameters())
+    batch_tokens = sum(len(row.ids) for row in batch)
+    batch_targets = sum(row.num_targets for row in batch)
     return "\n".join([
-        f"plan of {options.model}: {total:,} parameters, on {device} in {dtype}; nothing is loaded",
-        f"a batch of {len(batch)} rows with {sum(len(row.ids) for row in batch):,} tokens, of which "
-        f"{sum(row.num_targets for row in batch):,} are targets ({origin})",
+        f"plan of {options.model}: {parameters:,} parameters, on {device} in {dtype}; nothing is loaded",
+        f"a batch of {len(batch)} rows with {batch_tokens:,} tokens, of which {batch_targets:,} are targets ({origin})",
         f"peak: all tensors alive at one time, on a CPU three tenths more for holes in the heap, and the "
         f"{format_bytes(resident)} in use without them",
         "", table(results, COLUMNS)])

@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
         return
     if not arguments or arguments[0] not in BENCHMARKS:
         raise UserError(f"name a benchmark: python -m minift.bench {' | '.join(BENCHMARKS)}, or --help")
-    configure_process()  # as the scripts do, or steps would be slower here than there
+    configure_process()  # as train.py and eval.py do, or steps would be slower here than there
     BENCHMARKS[arguments[0]](arguments[1:])
 
 

@@ -1,7 +1,7 @@
 """python -m minift.bench decode: the speed of generation with a key-value cache, with random weights.
 
-Greedy, without a token that ends a row, so every run writes the same number of tokens. The prompt's pass is
-timed apart, as the time to the first token. The last line is one JSON object.
+Greedy, and no token ends a row, so every run writes the same number of tokens. The time to the first token, which is
+mostly the pass over the prompts, is measured by itself. The last line is one JSON object.
 """
 
 import json
@@ -38,7 +38,7 @@ COLUMNS = {
     "total_ms_min": ("min", "{:.0f}".format),
     "total_ms_max": ("max", "{:.0f}".format),
     "new_tokens_per_second": ("new tokens/s", "{:,.1f}".format),
-    "decode_tokens_per_second": ("after the first", "{:,.1f}".format),
+    "decode_tokens_per_second": ("after the first", "{:,.1f}".format),  # without the pass over the prompts
     "peak_memory_bytes": ("peak memory", format_bytes),
 }
 WIDTHS = [9, 14, 7, 7, 7, 12, 15, 11]
@@ -77,7 +77,7 @@ def bench_decode(arguments: list[str]) -> None:
 
 
 def random_prompts(options: DecodeOptions, vocab_size: int) -> list[list[int]]:
-    """Random tokens. Lengths are even around the mean, from half of it to one and a half."""
+    """Prompts of random tokens. Their lengths are uniform between half and one and a half times the mean."""
     rng = random.Random(0)
     prompts = []
     for _ in range(options.batch):
@@ -87,11 +87,11 @@ def random_prompts(options: DecodeOptions, vocab_size: int) -> list[list[int]]:
 
 
 def measure(name: str, options: DecodeOptions, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """One mode's figures, under the names of COLUMNS; medians. Raises UserError for too many positions."""
+    """One mode's figures, under the names of COLUMNS; times are medians. Raises UserError for too long rows."""
     reset_peak_memory(device)
     model = random_model(options.size, dtype)
     modes.apply(model, name, MODES[name].Options())
-    model.requires_grad_(False)  # as eval.py loads it: every weight in the compute dtype
+    model.requires_grad_(False)  # so that every weight is stored in the compute dtype, as in eval.py
     model.set_compute_dtype(dtype)
     model.to(device).eval()
     prompts = random_prompts(options, model.config.vocab_size)
@@ -107,8 +107,13 @@ def measure(name: str, options: DecodeOptions, dtype: torch.dtype, device: torch
         first_times.append(time_call(lambda: generate(model, prompts, 1), device))
         times.append(time_call(lambda: generate(model, prompts, options.new_tokens), device))
     first, total = statistics.median(first_times), statistics.median(times)
-    return {"mode": name, "first_token_ms": first * 1e3, "total_ms": total * 1e3,
-            "total_ms_min": min(times) * 1e3, "total_ms_max": max(times) * 1e3,
-            "new_tokens_per_second": options.batch * options.new_tokens / total,
-            "decode_tokens_per_second": options.batch * (options.new_tokens - 1) / (total - first),
-            "peak_memory_bytes": peak_memory(device)}
+    return {
+        "mode": name,
+        "first_token_ms": first * 1e3,
+        "total_ms": total * 1e3,
+        "total_ms_min": min(times) * 1e3,
+        "total_ms_max": max(times) * 1e3,
+        "new_tokens_per_second": options.batch * options.new_tokens / total,
+        "decode_tokens_per_second": options.batch * (options.new_tokens - 1) / (total - first),
+        "peak_memory_bytes": peak_memory(device),
+    }

@@ -1,13 +1,14 @@
 """python -m minift.bench kernels: the low-rank update of one layer, forward and backward.
 
-Rows: the frozen linear layer (the floor), eager PyTorch as loralib writes it, this project's Function,
-torch.compile of the eager form, PEFT's layer where peft is installed, and the Triton kernels on a GPU. Each
-is launched eagerly and, on a GPU, replayed from a CUDA graph.
+Implementations: the frozen linear layer (no update, so no other can be faster), eager PyTorch as in loralib, this
+project's Function, torch.compile of the eager form, PEFT's layer if peft is installed, and the Triton kernels on a GPU.
+Each is launched eagerly and, on a GPU, also replayed from a CUDA graph.
 
-Inputs rotate through a ring of layers larger than the cache; the rows take turns, sample by sample. FLOPs and
-bytes are shares of the ceilings measured in the same run. The last line is one JSON object.
+The layers and their inputs form a ring that is larger than the cache, so each pass reads from memory. Implementations
+take turns, sample by sample. FLOPs and bytes are given relative to the rates of the machine, measured in the same run.
+The last line is one JSON object.
 
-On a CPU the whole takes hours; the third line gives the least time. --shapes, --tokens and --ranks choose.
+On a CPU all cases take hours; the third line gives the least time. --shapes, --tokens and --ranks choose cases.
 """
 
 import itertools
@@ -28,7 +29,7 @@ from minift.options import Parser, add_options, option, resolve
 from minift.report.table import table_head, table_row
 
 WARMUP = 3  # samples that are not counted
-OTHERS = ("frozen", "eager", "function")  # each row's time is given relative to these rows
+OTHERS = ("frozen", "eager", "function")  # the time of each implementation is given relative to these
 QUICK = {"shapes": "768x768,768x3072", "tokens": "2048", "ranks": "8", "samples": 9}
 COLUMNS = {
     "row": ("implementation", lambda row: NAMES[row]),
@@ -86,12 +87,12 @@ def bench_kernels(arguments: list[str]) -> None:
     results = []
     for case in cases:
         print(f"\n{case}\n\n{table_head(COLUMNS, WIDTHS)}")
-        names_here = [name for name in names if name != "peft" or not case.parts]  # PEFT updates no parts
+        names_here = [name for name in names if name != "peft" or not case.parts]  # PEFT has no update of parts
         for result in measure(case, names_here, options.samples, facts, dtype, device):
             results.append(result)
             print(table_row(result, COLUMNS, WIDTHS), flush=True)
         if "compile" in names:
-            torch._dynamo.reset()  # it gives up after a few shapes
+            torch._dynamo.reset()  # torch.compile stops compiling after a few shapes
     print("\n" + "\n".join(summary(results)))
     print(json.dumps(facts | {"rows": results}))
 
@@ -124,7 +125,7 @@ def parse_cases(options: KernelOptions) -> list[Case]:
 
 
 def parse_numbers(flag: str, text: str, kind: type, least: float) -> list[Any]:
-    """A comma list. Raises UserError."""
+    """The numbers of a comma list. Raises UserError for other text, or numbers below `least`."""
     try:
         values = [kind(word) for word in text.split(",")]
     except ValueError:
@@ -148,12 +149,18 @@ def measure(case: Case, names: list[str], samples: int, facts: dict[str, Any], d
     for (row, launch), taken in times.items():
         flops, nbytes = case.work(row, dtype.itemsize)
         median = statistics.median(taken)
-        result = {"row": row, "launch": launch, **asdict(case), "ms": median * 1e3,
-                  "ms_min": min(taken) * 1e3, "ms_max": max(taken) * 1e3,
-                  "flop_share": flops / median / facts["flops_per_second"],
-                  "byte_share": nbytes / median / facts["bytes_per_second"]}
+        result = {
+            "row": row,
+            "launch": launch,
+            **asdict(case),
+            "ms": median * 1e3,
+            "ms_min": min(taken) * 1e3,
+            "ms_max": max(taken) * 1e3,
+            "flop_share": flops / median / facts["flops_per_second"],
+            "byte_share": nbytes / median / facts["bytes_per_second"],
+        }
         for other in OTHERS:
-            # samples taken one after the other are compared, so a busy moment counts for both
+            # ratios of samples that were measured one after the other: a busy moment of the machine slows both
             ratios = [a / b for a, b in zip(taken, times[other, launch], strict=True)]
             result[f"over_{other}"] = statistics.median(ratios)
         yield result
@@ -161,23 +168,23 @@ def measure(case: Case, names: list[str], samples: int, facts: dict[str, Any], d
 
 def make_runs(case: Case, names: list[str], ring: list[Layer], device: torch.device
               ) -> tuple[dict[tuple[str, str], Callable[[], None]], int]:
-    """{(implementation, launch): one sample}, and the passes in a sample: on a GPU the whole ring, as one
-    layer is too short to time; on a CPU the next layer of the ring."""
+    """{(implementation, launch): function that runs one sample}, and the number of layers in a sample: on a GPU the
+    full ring, since one layer is too short to be timed; on a CPU one layer, the next of the ring."""
     runs: dict[tuple[str, str], Callable[[], None]] = {}
-    turn = itertools.cycle(ring)  # shared by all rows, so that none finds its own layer in the cache
+    next_layer = itertools.cycle(ring)  # shared by all implementations, or one would find its layer in the cache
     for name in names:
         step = step_of(name, case, ring)
         if device.type == "cuda":
             runs[name, "eager"] = lambda step=step: [step(layer) for layer in ring]
             runs[name, "graph"] = capture(step, ring)
         else:
-            runs[name, "eager"] = lambda step=step: step(next(turn))
+            runs[name, "eager"] = lambda step=step: step(next(next_layer))
     return runs, len(ring) if device.type == "cuda" else 1
 
 
 def capture(step: Callable[[Layer], Any], ring: list[Layer]) -> Callable[[], None]:
-    """A CUDA graph of one pass over the ring."""
-    stream = torch.cuda.Stream()  # warm-up on another stream, as capturing requires
+    """Capture one pass over the ring in a CUDA graph. Returns the function that replays it."""
+    stream = torch.cuda.Stream()  # torch requires a warm-up on another stream before a capture
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for layer in ring[:2]:

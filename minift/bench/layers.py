@@ -15,9 +15,9 @@ from minift.ops.kernel_choice import why_no_triton
 from minift.ops.lora import lora_linear
 
 SCALE = 2.0
-MAX_RING = 256  # layers at most: a ring of tiny layers would take minutes to fill the cache
+MAX_RING = 256  # the most layers in a ring: very small layers would need thousands to fill the cache
 NAMES = {
-    "frozen": "frozen linear",  # the floor: no update
+    "frozen": "frozen linear",  # without an update
     "eager": "eager, as loralib",
     "function": "Function + addmm",  # this project's, in PyTorch
     "compile": "torch.compile",  # of the eager form
@@ -25,20 +25,19 @@ NAMES = {
     "triton": "Triton",  # this project's kernels
 }
 Layer = dict[str, Tensor]
-Forward = Callable[[Layer], tuple[Tensor, list[Tensor]]]  # layer -> output, tensors that get a gradient
+Forward = Callable[[Layer], tuple[Tensor, list[Tensor]]]  # layer -> the output, and the tensors that get a gradient
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape: K inputs, N outputs, M tokens. `parts`: which of q, k, v are updated where the N outputs are
-    a fused matrix of three; empty: all outputs as one part."""
+    """A layer to measure."""
 
-    K: int
-    N: int
-    M: int
+    K: int  # inputs
+    N: int  # outputs
+    M: int  # tokens
     rank: int
     dropout: float
-    parts: str = ""
+    parts: str = ""  # "qv": of a fused matrix of q, k and v, these are updated; empty: all outputs are one part
 
     @property
     def part_size(self) -> int:
@@ -46,19 +45,19 @@ class Case:
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """The output at which each part begins."""
+        """The first output of each part."""
         return tuple("qkv".index(part) * self.part_size for part in self.parts) or (0,)
 
     def work(self, row: str, itemsize: int) -> tuple[int, int]:
-        """FLOPs of a forward and backward pass, and the bytes that any implementation must move: x, y and W
-        in both frozen products and, with an update, x once more for A's gradient."""
+        """FLOPs of a forward and a backward pass, and the bytes that every implementation must read and write."""
         M, N, K = self.M, self.N, self.K
-        flops = 2 * (2 * M * N * K)
-        nbytes = 2 * itemsize * (M * K + M * N + N * K)
+        flops = 2 * (2 * M * N * K)  # y = x W^T and dx = dy W
+        nbytes = 2 * itemsize * (M * K + M * N + N * K)  # x, y and W, then dx, dy and W
         if row == "frozen":
             return flops, nbytes
         rank = self.rank * len(self.offsets)
-        update = 2 * M * rank * (K + self.part_size)  # x A^T and h B^T; as much for each of the two gradients
+        update = 2 * M * rank * (K + self.part_size)  # x A^T and h B^T
+        # the update again for the gradients of its inputs and of A and B; x is read once more for the gradient of A
         return flops + 3 * update, nbytes + itemsize * M * K
 
     def __str__(self) -> str:
@@ -67,8 +66,8 @@ class Case:
 
 
 def make_ring(case: Case, dtype: torch.dtype, device: torch.device, nbytes: int) -> list[Layer]:
-    """Layers with their inputs, at least `nbytes` together but MAX_RING at most. All have the same random
-    values, each in its own memory, so that a layer has left the cache when its turn comes again."""
+    """Layers with their inputs, of at least `nbytes` together, but at most MAX_RING layers. All have the same random
+    values. Each has its own memory, so a layer has left the cache when it is used again."""
     parts = len(case.offsets)
     A = torch.randn(parts * case.rank, case.K, device=device) / math.sqrt(case.K)
     B = torch.randn(parts * case.part_size, case.rank, device=device) / 10
@@ -77,14 +76,17 @@ def make_ring(case: Case, dtype: torch.dtype, device: torch.device, nbytes: int)
         "dy": torch.randn(case.M, case.N, device=device).to(dtype),
         "weight": (torch.randn(case.N, case.K, device=device) / math.sqrt(case.K)).to(dtype),
         "bias": torch.randn(case.N, device=device).to(dtype),
-        "A": A, "B": B,  # fp32, as this project trains them
-        "a": A.to(dtype), "b": B.to(dtype),  # as loralib and PEFT have them in a model of this dtype
+        "A": A, "B": B,  # fp32, as in this project
+        "a": A.to(dtype), "b": B.to(dtype),  # in the compute dtype, as in loralib and PEFT
     }
     layer_bytes = sum(tensor.nbytes for tensor in first.values())
     count = min(max(2, math.ceil(nbytes / layer_bytes)), MAX_RING)
     ring = []
     for _ in range(count):
-        ring.append({name: t.clone().requires_grad_(name in "xABab") for name, t in first.items()})
+        layer = {}
+        for name, tensor in first.items():
+            layer[name] = tensor.clone().requires_grad_(name in ("x", "A", "B", "a", "b"))
+        ring.append(layer)
     return ring
 
 
@@ -95,6 +97,7 @@ def eager(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, dropout
     h = F.dropout(x, dropout) @ a.T  # (M, parts * r)
     if len(b) == len(weight) and len(offsets) == 1:
         return y + (h @ b.T) * SCALE
+    # MergedLinear builds the update of all outputs, with zeros for the parts without one
     update = torch.zeros_like(y)
     for start, h_part, b_part in zip(offsets, h.chunk(len(offsets), 1), b.chunk(len(offsets)), strict=True):
         update[:, start : start + len(b_part)] = h_part @ b_part.T
@@ -102,12 +105,11 @@ def eager(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, dropout
 
 
 def peft_layers(ring: list[Layer], case: Case) -> dict[int, torch.nn.Module]:
-    """PEFT's layer around each frozen weight, found by the identity of its layer; A and B in the compute
-    dtype."""
+    """{id of a layer: PEFT's module for it}, with A and B in the compute dtype."""
     import peft
     modules = {}
     for layer in ring:
-        linear = torch.nn.Linear(case.K, case.N, device="meta")
+        linear = torch.nn.Linear(case.K, case.N, device="meta")  # no memory: it gets the weight of the layer
         linear.weight = torch.nn.Parameter(layer["weight"], requires_grad=False)
         linear.bias = torch.nn.Parameter(layer["bias"], requires_grad=False)
         config = peft.LoraConfig(r=case.rank, lora_alpha=SCALE * case.rank, lora_dropout=case.dropout,
@@ -121,7 +123,7 @@ def peft_layers(ring: list[Layer], case: Case) -> dict[int, torch.nn.Module]:
 
 
 def forward_of(row: str, case: Case, ring: list[Layer]) -> Forward:
-    """The forward pass of an implementation."""
+    """The forward pass of an implementation: layer -> the output, and the tensors that get a gradient."""
     call = torch.compile(eager, dynamic=False) if row == "compile" else eager
     modules = peft_layers(ring, case) if row == "peft" else {}
     kernel = "triton" if row == "triton" else "torch"
@@ -147,7 +149,7 @@ def forward_of(row: str, case: Case, ring: list[Layer]) -> Forward:
 
 
 def step_of(row: str, case: Case, ring: list[Layer]) -> Callable[[Layer], Any]:
-    """A forward and backward pass of one layer of the ring, by an implementation."""
+    """One forward and one backward pass of a layer of the ring, by an implementation."""
     forward = forward_of(row, case, ring)
 
     def step(layer: Layer) -> None:

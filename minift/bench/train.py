@@ -1,7 +1,7 @@
 """python -m minift.bench train: the cost of a training step of each mode, with random weights.
 
-Warm-up is not counted, medians come with their range, and the rate of the model's largest kind of matrix
-product is measured in the same run. The last line is one JSON object.
+Warm-up is not counted, and medians come with their range. The rate of arithmetic is compared with that of the model's
+largest matrix product, measured in the same run. The last line is one JSON object.
 """
 
 import json
@@ -37,7 +37,7 @@ from minift.run.config import TrainOptions
 from minift.training import make_optimizer, train_step
 
 WARMUP = 2  # steps that are not timed
-SPREAD = 0.5  # of --ragged: the standard deviation of the logarithm of a row's length
+SPREAD = 0.5  # for --ragged: the standard deviation of the logarithm of a row's length
 COLUMNS = {
     "mode": ("mode", str),
     "step_ms": ("step ms", "{:.0f}".format),
@@ -47,7 +47,7 @@ COLUMNS = {
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
     "peak_memory_bytes": ("peak memory", format_bytes),
     "flops_per_second": ("GFLOP/s", lambda flops: f"{flops / 1e9:.0f}"),
-    "share": ("of matmuls", "{:.0%}".format),  # of the rate of the largest kind of product
+    "share": ("of matmuls", "{:.0%}".format),  # of the rate of the largest matrix product
 }
 WIDTHS = [9, 7, 6, 6, 7, 9, 11, 8, 10]
 
@@ -106,7 +106,7 @@ def check(options: TrainBenchOptions, names: list[str]) -> None:
 def random_model(size: str, dtype: torch.dtype) -> GPT:
     """A model with random weights, frozen."""
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)  # frozen weights stay in it: a large model never exists in fp32
+    torch.set_default_dtype(dtype)  # create the weights in the compute dtype: a large model never exists in fp32
     model = GPT(PRESETS[size].config)
     torch.set_default_dtype(torch.float32)
     model.init_weights(0)
@@ -114,17 +114,18 @@ def random_model(size: str, dtype: torch.dtype) -> GPT:
 
 
 def random_steps(options: TrainBenchOptions, model: GPT) -> list[list[Row]]:
-    """The rows of each step, warm-up included: random tokens, the last --targets of each row learned."""
+    """The rows of each step, warm-up included: random tokens, of which the last --targets of a row are its targets."""
     rng = random.Random(0)
-    longest = model.config.n_positions - model.prompt_tokens
+    longest = model.config.n_positions - model.prompt_tokens  # a mode may reserve positions
     steps = []
     for _ in range(WARMUP + options.steps):
         rows = []
         for _ in range(options.batch):
             length = options.tokens
             if options.ragged:
-                # log-normal, as the lengths of texts are; the first argument makes the mean --tokens
-                length = round(options.tokens * rng.lognormvariate(-SPREAD**2 / 2, SPREAD))
+                # log-normal, like the lengths of texts; with -SPREAD^2 / 2 the mean of the factor is 1
+                factor = rng.lognormvariate(-SPREAD**2 / 2, SPREAD)
+                length = round(options.tokens * factor)
                 length = min(max(length, options.targets + 1), longest)
             ids = [rng.randrange(model.config.vocab_size) for _ in range(length)]
             rows.append(Row(ids, ((length - options.targets, length),)))
@@ -157,28 +158,39 @@ def measure(name: str, options: TrainBenchOptions, dtype: torch.dtype,
             rates.append(count_tokens(rows) / seconds)
     peak = peak_memory(device)
     with MemoryMeter(device.type, model.config) as meter:
-        step(rows)  # once more, slower, to count its FLOPs
+        step(rows)  # one more step, not timed since the meter is slow, to count FLOPs
 
     tokens_per_second = statistics.median(rates)
-    flops_per_second = meter.flops / count_tokens(rows) * tokens_per_second
+    flops_per_token = meter.flops / count_tokens(rows)  # ragged steps differ in tokens, not much in this
+    flops_per_second = flops_per_token * tokens_per_second
     C = model.config.n_embd
-    products = linear_rate(options.batch * (options.tokens - 1), C, 4 * C, dtype, device)
-    return {"mode": name, "step_ms": statistics.median(times) * 1e3, "step_ms_min": min(times) * 1e3,
-            "step_ms_max": max(times) * 1e3, "rows_per_second": options.batch / statistics.median(times),
-            "tokens_per_second": tokens_per_second, "peak_memory_bytes": peak, "flops_per_step": meter.flops,
-            "flops_per_second": flops_per_second, "matmul_flops_per_second": products,
-            "share": flops_per_second / products}
+    matmul_rate = linear_rate(options.batch * (options.tokens - 1), C, 4 * C, dtype, device)  # of the MLP
+    median = statistics.median(times)
+    return {
+        "mode": name,
+        "step_ms": median * 1e3,
+        "step_ms_min": min(times) * 1e3,
+        "step_ms_max": max(times) * 1e3,
+        "rows_per_second": options.batch / median,
+        "tokens_per_second": tokens_per_second,
+        "peak_memory_bytes": peak,
+        "flops_per_step": meter.flops,
+        "flops_per_second": flops_per_second,
+        "matmul_flops_per_second": matmul_rate,
+        "share": flops_per_second / matmul_rate,
+    }
 
 
 def mode_options(name: str, options: TrainBenchOptions) -> Any:
     """The mode's default options; LoRA takes --rank and --dropout."""
-    defaults = MODES[name].Options()
-    if name != "lora":
-        return defaults
-    given = {key: getattr(options, key) for key in ("rank", "dropout") if getattr(options, key) is not None}
-    return replace(defaults, **given)
+    chosen = MODES[name].Options()
+    if name == "lora" and options.rank is not None:
+        chosen = replace(chosen, rank=options.rank)
+    if name == "lora" and options.dropout is not None:
+        chosen = replace(chosen, dropout=options.dropout)
+    return chosen
 
 
 def count_tokens(rows: list[Row]) -> int:
-    """Tokens that the model reads: a row's last token is a target only."""
+    """The tokens that the model reads: the last token of a row is a target only."""
     return sum(len(row.ids) - 1 for row in rows)
