@@ -11,7 +11,7 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class EvalOptions:
                                        "(default: the run's)")
     shown: int = option(3, "how many completions to show", least=0)
     batch: int = option(16, "rows in a forward pass", least=1)
-    max_new_tokens: int = option(64, "length limit of generated texts", least=1)
+    max_new_tokens: int | None = option(None, "length limit of generated texts (default: the run's, or 64)", least=1)
+    eos: str | None = option(None, "the token that ends every row, its text or its number (default: the run's)")
     prompt: str | None = option(None, "continue this text, without the run's template; - reads it from standard input")
     temperature: float = option(0.0, "with --prompt: 0 is greedy, 1 the model's own distribution", least=0)
     top_k: int | None = option(None, "with --prompt: sample among the k most likely tokens", least=1)
@@ -85,6 +86,8 @@ def main(arguments: list[str]) -> None:
     configs = {folder: None if peft.is_folder(folder) else configuration.load(folder) for folder in folders}
     first = next((config for config in configs.values() if config is not None), None)
     base = load_base(options, first, folders)
+    if options.max_new_tokens is None:
+        options = replace(options, max_new_tokens=(first and first.train.max_new_tokens) or metrics.NO_REFERENCES)
     if options.save or options.save_peft:
         save(base, folders[0], configs[folders[0]], options)
         return
@@ -117,7 +120,8 @@ def check_flags(options: EvalOptions, args: Any, folders: list[Path]) -> None:
 def load_base(options: EvalOptions, first: Config | None, folders: list[Path]) -> Base:
     if options.model is None and first is None:
         raise UserError(f"{folders[0]} is a PEFT folder, which does not hold its base: give --model")
-    return weights.load(options.model or first.train.model)
+    base = weights.load(options.model or first.train.model)
+    return weights.with_eos(base, options.eos or (first and first.train.eos))
 
 
 def load_tuned(base: Base, folder: Path, config: Config | None) -> tuple[GPT, str]:
@@ -169,7 +173,7 @@ def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | No
     reserved = max(model.prompt_tokens for model, _ in tuned.values())
     room = base.model.config.n_positions - reserved
     seed = first.train.seed if first else TrainOptions.seed
-    rows, lines = dataset.load_examples(data, seed, base.tokenizer, base.eos_token_id, room,
+    rows, lines = dataset.load_examples(data, seed, base.tokenizer, weights.required_eos(base), room,
                                         {"test": options.test_rows})
     examples = rows["test"]
     if not examples:
