@@ -3,6 +3,7 @@
     python eval.py runs/lora-1                        base and tuned on the test rows, side by side
     python eval.py runs/lora-1 --general FILE.txt     and how much the model forgot of other text
     python eval.py runs/lora-1 --prompt "Anna: Hi"    continue a prompt (- reads it from standard input)
+    python eval.py runs/lora-1 --predict new.jsonl --out predictions.jsonl      an answer to every row of a file
     python eval.py runs/lora-1 --save DIR             the tuned model as a Hugging Face folder
     python eval.py runs/lora-1 --save-peft DIR        the tuned parameters as a PEFT folder: LoRA and soft prompts
     python eval.py --adapter A --adapter B            several runs or PEFT folders on one base, one after another
@@ -11,7 +12,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from minift.model.generate import generate
 from minift.model.gpt import GPT
 from minift.options import Parser, add_options, flag, option, resolve
 from minift.report import compare, metrics
+from minift.report.predict import Decoding, PredictOptions, Predictor, predict
+from minift.report.prompt import apply_template, find_run_layout, read_prompt
 from minift.report.table import table
 from minift.run import config as configuration
 from minift.run.config import Config, TrainOptions
@@ -36,20 +39,15 @@ from minift.run.config import Config, TrainOptions
 class EvalOptions:
     model: str | None = option(None, "the base, if it is not where the run found it (it must be the same one), or if "
                                      "there are only PEFT folders")
-    data: str | None = option(None, "score on the test rows of these pairs (default: the run's)")
     test_rows: int | None = option(None, "score the first N test rows (default: all)", least=1)
     general: str | None = option(None, "a text file outside the task: its loss before and after is the forgetting "
                                        "(default: the run's)")
     shown: int = option(3, "how many completions to show", least=0)
     batch: int = option(16, "rows in a forward pass", least=1)
-    max_new_tokens: int | None = option(None, "length limit of generated texts (default: the run's, or 64)", least=1)
     eos: str | None = option(None, "the token that ends every row, its text or its number (default: the run's)")
-    prompt: str | None = option(None, "continue this text, without the run's template; - reads it from standard input")
-    temperature: float = option(0.0, "with --prompt: 0 is greedy, 1 the model's own distribution", least=0)
-    top_k: int | None = option(None, "with --prompt: sample among the k most likely tokens", least=1)
-    top_p: float | None = option(None, "with --prompt: sample among the most likely tokens that hold this probability",
-                                 above=0, most=1)
-    seed: int = option(0, "with --prompt: seed of sampling", least=0)
+    prompt: str | None = option(None, "continue this text, in the run's template if that has one field; - reads it "
+                                      "from standard input")
+    raw: bool = option(False, "with --prompt: continue the text as it is, without the run's template")
     describe: bool = option(False, "print what the parameters learned, such as the tokens nearest to a soft prompt")
     save: str | None = option(None, "write the tuned model as a Hugging Face folder, merged where needed")
     save_peft: str | None = option(None, "write the tuned parameters as a PEFT folder: LoRA and soft prompts")
@@ -57,6 +55,15 @@ class EvalOptions:
     dtype: str = option("auto", "the dtype of activations; auto: bf16 where the hardware has it", choices=DTYPES)
     device: str = option("auto", "where to compute", choices=DEVICES)
     ops: str = option("fast", "plain: compute every operation by its plain reference", choices=("fast", "plain"))
+
+
+# flags that have a meaning only with one of others
+NEEDED = {
+    "out": ("predict",), "prediction_field": ("predict",), "raw": ("prompt",), "temperature": ("prompt", "predict"),
+    "top_k": ("prompt", "predict"), "top_p": ("prompt", "predict"), "seed": ("prompt", "predict"),
+}  # fmt: skip
+WITHOUT_PREDICT = ("prompt", "describe", "save", "save_peft", "json", "data", "split", "test_rows", "general", "shown",
+                   "skip_bad")
 
 
 @processes()
@@ -70,6 +77,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="print a table of finished runs; write compare.md "
                         "and, with matplotlib, compare.png beside them")
     add_options(parser, "options", EvalOptions)
+    add_options(parser, "predictions for new rows", PredictOptions)
+    add_options(parser, "generated texts; all but the first with --prompt or --predict", Decoding)
+    add_options(parser, "data, by default as the run has it", DataOptions)
     args = parser.parse_args(arguments)
     if args.compare:
         print(compare.compare_runs([Path(run) for run in args.compare]))
@@ -78,16 +88,16 @@ def main(arguments: list[str]) -> None:
     folders = list(dict.fromkeys(Path(name) for name in (args.run, *args.adapter) if name is not None))
     if not folders:
         parser.error("which run? give its folder, or --adapter DIR once or more")
-    check_flags(options, args, folders)
+    predicting, _ = resolve(PredictOptions, args, {})
+    check_flags(options, predicting, args, folders)
     ops.plain = options.ops == "plain"
     configure_process()
 
     # a PEFT folder has no configuration: the first run's says which base and rows
     configs = {folder: None if peft.is_folder(folder) else configuration.load(folder) for folder in folders}
     first = next((config for config in configs.values() if config is not None), None)
+    data, decoding = resolve_data(args, first), resolve_decoding(args, first)
     base = load_base(options, first, folders)
-    if options.max_new_tokens is None:
-        options = replace(options, max_new_tokens=(first and first.train.max_new_tokens) or metrics.NO_REFERENCES)
     if options.save or options.save_peft:
         save(base, folders[0], configs[folders[0]], options)
         return
@@ -96,25 +106,50 @@ def main(arguments: list[str]) -> None:
     if base.tokenizer is None:
         raise UserError(f"{base.folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, there")
     tuned = {folder: load_tuned(base, folder, configs[folder]) for folder in folders}
+    if predicting.predict is not None:
+        model, _ = tuned[folders[0]]
+        run_layout, _ = find_run_layout(data)
+        predict(Predictor(model, base, data, decoding, options.batch), predicting, run_layout)
+        return
     if options.prompt is not None:
-        print_continuations(base, tuned, options)
+        print_continuations(base, tuned, options, data, decoding)
     if options.describe:
         for model, mode in tuned.values():
             print("\n".join(modes.describe(model, mode, base.tokenizer)))
     if options.prompt is None and not options.describe:
-        score_all(base, tuned, first, options)
+        score_all(base, tuned, first, options, data, decoding)
 
 
-def check_flags(options: EvalOptions, args: Any, folders: list[Path]) -> None:
+def check_flags(options: EvalOptions, predicting: PredictOptions, args: Any, folders: list[Path]) -> None:
     """Refuse combinations of options that make no sense, before anything is loaded."""
-    for name in ("temperature", "top_k", "top_p", "seed"):
-        if getattr(args, name) is not None and options.prompt is None:
-            raise UserError(f"{flag(name)} is for generating: it needs --prompt TEXT")
+    given = {name for name, value in vars(args).items() if value is not None and value is not False}
+    for name, owners in NEEDED.items():
+        if name in given and not given & set(owners):
+            raise UserError(f"{flag(name)} needs {' or '.join(flag(owner) for owner in owners)}")
+    for name in WITHOUT_PREDICT:
+        if name in given and predicting.predict is not None:
+            raise UserError(f"{flag(name)} does not go with --predict, which answers every row of its file: leave one "
+                            "of them out")
+    if "rows" in given:
+        raise UserError("--rows limits the rows of training: --test-rows limits those that are scored")
     saves = options.save or options.save_peft
     if options.json and (options.prompt is not None or saves or options.describe):
         raise UserError("--json prints scores: leave out --prompt, --save, --save-peft and --describe, or --json")
-    if saves and len(folders) > 1:
-        raise UserError("--save and --save-peft write one model: give them one folder")
+    if (saves or predicting.predict is not None) and len(folders) > 1:
+        raise UserError("--save, --save-peft and --predict use one model: give them one folder")
+
+
+def resolve_data(args: Any, first: Config | None) -> DataOptions:
+    """How to read rows: as the command line says, else as the run did."""
+    of_run = {} if first is None else {name: (value, "run") for name, value in asdict(first.data).items()}
+    if args.template is not None or args.prompt_field is not None:  # they say the same: one replaces the other
+        of_run = {name: value for name, value in of_run.items() if name not in ("template", "prompt_field")}
+    return resolve(DataOptions, args, of_run)[0]
+
+
+def resolve_decoding(args: Any, first: Config | None) -> Decoding:
+    limit = None if first is None else first.train.max_new_tokens
+    return resolve(Decoding, args, {} if limit is None else {"max_new_tokens": (limit, "run")})[0]
 
 
 def load_base(options: EvalOptions, first: Config | None, folders: list[Path]) -> Base:
@@ -143,33 +178,40 @@ def save(base: Base, folder: Path, config: Config | None, options: EvalOptions) 
         peft.save(Path(options.save_peft), model, mode, base.name)
         print(f"{options.save_peft}: {mode} of {folder} as a PEFT folder")
     if options.save:
-        modes.merge(model, mode)
+        try:
+            modes.merge(model, mode)
+        except UserError as error:
+            as_peft = "--save-peft DIR saves it for PEFT, " if modes.MODES[mode].peft_type else ""
+            raise UserError(f"{error}; instead {as_peft}--predict FILE and --prompt TEXT use it as it is") from None
         weights.save_folder(base, model, Path(options.save))
         print(f"{options.save}: {mode} of {folder} as a Hugging Face folder")
 
 
-def print_continuations(base: Base, tuned: dict[Path, tuple[GPT, str]], options: EvalOptions) -> None:
+def print_continuations(base: Base, tuned: dict[Path, tuple[GPT, str]], options: EvalOptions,
+                        data: DataOptions, decoding: Decoding) -> None:
     """The continuation of --prompt; with several folders the base's too, each behind its name."""
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8") if options.prompt == "-" else options.prompt
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt -: standard input is not UTF-8 text: {error}") from None
-    ids = dataset.tokenize(base.tokenizer, [text])[0]
+    text, line = read_prompt(options.prompt), ""
+    if not options.raw:
+        text, line = apply_template(data, text)
+    ids = dataset.start_tokens(base.tokenizer) + dataset.tokenize(base.tokenizer, [text], data.control_tokens)[0]
     models = {str(folder): model for folder, (model, _) in tuned.items()}
     if len(models) > 1:
         models = {"base": base.model, **models}
+    continuations = {}
     for name, model in models.items():
-        new = generate(model, [ids], options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
-                       top_p=options.top_p, seed=options.seed, stop=base.eos_token_id)
-        continuation = base.tokenizer.decode(new[0])
+        new = generate(model, [ids], stop=base.eos_token_id, **asdict(decoding))
+        continuations[name] = base.tokenizer.decode(new[0])
+    if line:
+        print(line, file=sys.stderr)
+    for name, continuation in continuations.items():
         print(f"{name}: {continuation}" if len(models) > 1 else continuation)
 
 
-def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | None, options: EvalOptions) -> None:
+def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | None, options: EvalOptions,
+              data: DataOptions, decoding: Decoding) -> None:
     """The default job: score base and tuned models on the same test rows."""
-    if first is None and options.data is None:
+    if data.data is None:
         raise UserError("a PEFT folder does not say which rows to score it on: give --data")
-    data = first.data if options.data is None else DataOptions(options.data)
     reserved = max(model.prompt_tokens for model, _ in tuned.values())
     room = base.model.config.n_positions - reserved
     seed = first.train.seed if first else TrainOptions.seed
@@ -189,7 +231,7 @@ def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | No
     scores = {}
     for name, model in models.items():
         scores[name] = metrics.score(model, base.tokenizer, base.eos_token_id, examples, options.batch,
-                                     options.max_new_tokens, general_rows)
+                                     decoding.max_new_tokens, general_rows)
     if options.json:
         print(json.dumps(scores))
         return
@@ -200,7 +242,7 @@ def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | No
     print(f"{made}, {len(examples)} test rows")
     print_scores(scores)
     for name, score in scores.items():
-        for line in metrics.limit_report(score, options.max_new_tokens):
+        for line in metrics.limit_report(score, decoding.max_new_tokens):
             print(f"  {name}: {line}")
     print_completions(scores, examples[: options.shown])
 

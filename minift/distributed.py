@@ -126,6 +126,7 @@ def to_device(model: nn.Module, device: torch.device, shard: bool) -> None:
         parameter.data = parameter.data.contiguous()  # FSDP2 takes no other
     for block in model.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(block, "next")  # decoding does not call the block's forward
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "hidden")  # all passes go through it
     for name, parameter in model.named_parameters():  # FSDP2 makes new parameters, without their marks

@@ -33,6 +33,7 @@ def apply_config(model: GPT, config: Config) -> None:
     options, device = config.train, choose_device(config.train.device)
     modes.apply(model, config.mode, config.mode_options)
     model.dropout, model.checkpoint = options.model_dropout, options.checkpoint
+    # after the mode: only now it is known which weights are frozen and can be stored in the compute dtype
     model.set_compute_dtype(choose_dtype(options.dtype, device))
     check_kernel(options.kernel, device)
     model.set_kernel(options.kernel)
@@ -150,7 +151,7 @@ def train_step(model: GPT, micro_batches: MicroBatches, clip: float,
     targets_in_step = sum(row.num_targets for batch in micro_batches for row in batch)
     loss_sum = 0.0
     for number, batch in enumerate(micro_batches, start=1):
-        packed = model.pack(local_rows(batch))
+        packed = model.pack(local_rows(batch))  # the only place where training rows become tensors
         # ranks exchange gradients once a step, after the last micro-batch
         wait = replica.no_sync() if replica and number < len(micro_batches) else contextlib.nullcontext()
         with wait:

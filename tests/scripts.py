@@ -37,9 +37,9 @@ class SmallMode(NamedTuple):
 MODES = {
     "full": SmallMode({}, 3e-3),
     "selective": SmallMode({"train": "top:1,norm"}, 1e-2),
-    "lora": SmallMode({"rank": 2, "alpha": 5.0, "targets": "q,v"}, 3e-2),
-    "prompt": SmallMode({"prompt_tokens": 3}, 1e-1),
-    "adapter": SmallMode({"bottleneck": 5}, 3e-2),
+    "lora": SmallMode({"rank": 2, "alpha": 5.0, "targets": "q,v"}, 1e-2),
+    "prompt": SmallMode({"prompt_tokens": 3}, 1.0),
+    "adapter": SmallMode({"bottleneck": 5}, 1e-2),
 }
 WORDS = "fridge broken landlord lunch meeting late cheap food golden palace price italian name tab".split()
 QUICK = ("--dtype", "fp32", "--device", "cpu", "--batch", "4", "--max-new-tokens", "6", "--test-rows", "6",

@@ -121,7 +121,7 @@ def test_attention_dropout_and_its_gradient(monkeypatch: pytest.MonkeyPatch, blo
     def run(qkv: Tensor, dropout: float = 0.3) -> Tensor:
         return WindowedAttention.apply(qkv, rows, HEADS, SCALE, dropout, seed)[:23]
 
-    assert torch.autograd.gradcheck(run, qkv)
+    assert torch.autograd.gradcheck(run, qkv, fast_mode=True)
     ones = qkv.detach().clone()
     ones[:, 2 * HEADS * 8 :] = 1  # then y is what is left of the weights
     kept = run(ones, 0.3)[:, ::8]  # (23, HEADS)

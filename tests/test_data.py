@@ -119,9 +119,9 @@ def test_duplicates_and_leaks_are_counted(tmp_path):
     write(tmp_path / "test.jsonl", jsonl(numbered(4, start=9)))
     notes = read_pairs(DataOptions(data=str(tmp_path)), seed=0).notes
     assert "train.jsonl: rows that repeat an earlier one exactly, kept: 3" in notes
-    assert notes[-3:] == ["val: 2 of its 5 different prompts also stand in train",
-                          "test: 1 of its 4 different prompts also stand in train",
-                          "test: 4 of its 4 different prompts also stand in val"]
+    assert notes[-3:] == ["val: 2 of its 5 different prompts are also in train",
+                          "test: 1 of its 4 different prompts are also in train",
+                          "test: 4 of its 4 different prompts are also in val"]
 
 
 def test_rows_limits_the_training_rows_alone(tmp_path):

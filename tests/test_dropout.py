@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minift.ops.dropout import drop, keep_mask
+from minift.ops.dropout import drop, dropout_reference, keep_mask
 
 SEED = torch.tensor(3)
 
@@ -88,3 +88,15 @@ def test_what_is_dropped_is_zero_and_the_rest_as_it_was(dtype: torch.dtype, rate
     keep = keep_mask(x, rate, SEED)
     for given, got in zip((x, other), drop([x, other], rate, SEED), strict=True):
         assert torch.equal(got, given.where(keep, 0)) and got.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows, columns, rate", [(37, 21, 0.3), (301, 1002, 0.1), (1, 1, 0.5), (0, 8, 0.5)])
+def test_the_reference_is_the_same(dtype: torch.dtype, rows: int, columns: int, rate: float) -> None:
+    """Value and gradient: the fast version's backward pass is the same function of the gradient."""
+    x, dy = torch.randn(2, rows, columns).to(dtype)
+    x.requires_grad_()
+    y = dropout_reference(x, rate, SEED)
+    y.backward(dy)
+    fast_y, fast_dx = drop([x.detach(), dy / (1 - rate)], rate, SEED)
+    assert torch.equal(fast_y / (1 - rate), y) and torch.equal(fast_dx, x.grad)

@@ -31,7 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[s
     folder = tmp_path_factory.mktemp("runs")
     pairs = write_pairs(folder / "pairs")
     common = ["--model", model_folder, "--data", pairs, *QUICK, "--steps", 12, "--warmup-ratio", 0]
-    for mode, lr in zip(MODES, (3e-3, 1e-2, 1e-2, 1.0, 1e-2), strict=True):
+    for mode, (_, lr) in MODES.items():
         trained(*common, "--mode", mode, "--lr", lr, "--out", folder / mode)
     return {mode: folder / mode for mode in MODES}
 
@@ -76,7 +76,7 @@ def test_the_table_has_both_columns_and_completions(runs: dict[str, Path]) -> No
         assert line.split()[1:] == [f"{scores[model][name]:.4f}" for model in ("base", "tuned")]
     assert ended.out.count("\n  reference ") == ended.out.count("\n  tuned ") == 2
     assert "lora of" in ended.out and "6 test rows" in ended.out
-    assert "reference" not in evaluate(runs["lora"], *PLAIN, "--shown", 0).out
+    assert "\n  reference " not in evaluate(runs["lora"], *PLAIN, "--shown", 0).out
 
 
 def test_other_rows_and_fewer(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -99,7 +99,9 @@ def test_forgetting(
     assert f"forgetting: {change:+.4f} nats per token on the general text" in ended.out and abs(change) > 1e-3
     assert ("is read with the soft prompt in front" in ended.out) == (mode == "prompt")
     for name, model in (("base", base.model), ("tuned", tuned_model(runs[mode], base))):
-        rows = metrics.text_windows(base.tokenizer, "\n".join(texts), model)
+        n_positions, reserved = model.config.n_positions, tuned_model(runs[mode], base).prompt_tokens
+        ids = base.tokenizer.encode("\n".join(texts)).ids
+        rows = metrics.text_windows(ids, n_positions, reserved)
         with torch.no_grad():
             total = sum(model.loss(model.pack([row])).item() for row in rows)
         loss = total / sum(row.num_targets for row in rows)
@@ -120,7 +122,89 @@ def test_prompt_from_standard_input(runs: dict[str, Path], monkeypatch: pytest.M
     piped = evaluate(runs["lora"], "--prompt", "-", *PLAIN)
     assert piped.code == 0 and piped.out == evaluate(runs["lora"], "--prompt", text, *PLAIN).out
     alone = process("eval.py", runs["lora"], "--prompt", "-", *PLAIN, cwd=runs["lora"].parent, text=text)
-    assert alone == (0, piped.out, "")
+    assert alone == (0, piped.out, piped.err) and "as it is" in alone.err
+
+
+@pytest.fixture(scope="module")
+def question_run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A run with fields, a template, a join, a table and a limit of its own; its data is beside it."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows = "".join(f"{i}: lunch {i % 7}|meeting|{i % 3} late\n" for i in range(40))
+    (folder / "qa.txt").write_text(rows)
+    options = ["--delimiter", "|", "--columns", "q,kind,a", "--template", "Q: {q}\\nA:", "--completion-field", "a",
+               "--join", "", "--split", "60,20,20", "--max-length", 40, "--max-new-tokens", 5]
+    trained("--model", model_folder, "--data", folder / "qa.txt", *QUICK, "--steps", 4, *options, "--out",
+            folder / "run")
+    return folder / "run"
+
+
+def test_other_data_is_read_as_the_run_read_it(question_run: Path, tmp_path: Path) -> None:
+    """The same file named again, or moved, gives the same scores; flags say otherwise."""
+    data = question_run.parent / "qa.txt"
+    own = evaluate(question_run, "--json", *PLAIN)
+    assert own.code == 0 and len(json.loads(own.out)["tuned"]["completions"]) == 8  # 20 % of 40 rows
+    assert evaluate(question_run, "--json", *PLAIN, "--data", data).out == own.out
+    shutil.copy(data, tmp_path / "moved.txt")
+    moved = evaluate(question_run, *PLAIN, "--data", tmp_path / "moved.txt")
+    assert moved.code == 0 and "moved.txt: usable rows: 40, fields q -> a, template 'Q: {q}\\\\nA:'" in moved.out
+
+    halves = json.loads(evaluate(question_run, "--json", *PLAIN, "--split", "40,10,50").out)
+    assert len(halves["tuned"]["completions"]) == 20
+    for flags in (["--join", "\\n"], ["--template", "{kind} {q}:"], ["--prompt-field", "q"]):
+        other = json.loads(evaluate(question_run, "--json", *PLAIN, *flags).out)
+        assert other["base"]["loss"] != json.loads(own.out)["base"]["loss"], flags
+    none = evaluate(question_run, "--split", "80,20,0", *PLAIN)
+    assert none.code == 2 and "no test rows" in none.err and none.err.count("\n") == 1
+    few = evaluate(question_run, "--rows", 3)
+    assert few.code == 2 and "--test-rows" in few.err
+
+
+def test_the_limit_of_new_tokens_is_the_runs(question_run: Path) -> None:
+    out = evaluate(question_run, "--json", *PLAIN[:-2]).out
+    assert out == evaluate(question_run, "--json", *PLAIN[:-1], 5).out
+    assert out != evaluate(question_run, "--json", *PLAIN[:-1], 9).out
+
+
+def test_a_prompt_is_put_into_the_template(question_run: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    placed = evaluate(question_run, "--prompt", "3: lunch", *PLAIN)
+    written_out = evaluate(question_run, "--prompt", "Q: 3: lunch\nA:", "--raw", *PLAIN)
+    assert placed.out == written_out.out and (written_out.code, written_out.err) == (0, "")
+    assert "3: lunch" not in placed.out and "the run's template 'Q: {q}\\\\nA:'" in placed.err
+    other = evaluate(question_run, "--prompt", "3: lunch", "--template", "{kind}", *PLAIN)
+    assert other.out == evaluate(question_run, "--prompt", "3: lunch", "--raw", *PLAIN).out
+    two = evaluate(question_run, "--prompt", "3: lunch", "--template", "{kind} {q}", *PLAIN)
+    assert two.out == other.out and "taken as it is" in two.err and "kind, q" in two.err
+
+    shutil.copytree(runs["lora"], tmp_path / "run")
+    raw = json_of(tmp_path / "run" / "config.json")
+    raw["data"]["data"] = str(tmp_path / "gone")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(raw))
+    gone = evaluate(tmp_path / "run", "--prompt", "1: lunch =", *PLAIN)
+    assert gone.code == 0 and "taken as it is" in gone.err and "gone" in gone.err
+
+
+def test_a_prompt_of_a_chat_is_the_users_turn(model_folder: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "lunch?"}, {"role": "assistant", "content": "late"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + "".join(
+        json.dumps({"messages": [{"role": "user", "content": f"lunch {i}?"}, turns[1]]}) + "\n" for i in range(12)))
+    data = tmp_path / "chats.jsonl"
+    trained("--model", model_folder, "--data", data, *QUICK, "--steps", 3, "--out", tmp_path / "run")
+    asked = evaluate(tmp_path / "run", "--prompt", "lunch?", *PLAIN)
+    written_out = evaluate(tmp_path / "run", "--prompt", "User: lunch?\nAssistant:", "--raw", *PLAIN)
+    assert asked.code == 0 and asked.out == written_out.out and "user's turn" in asked.err
+
+
+def test_start_tokens_go_before_a_prompt(runs: dict[str, Path], model_folder: Path, tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    tokenizer = weights.load(str(model_folder)).tokenizer
+    tokenizer.post_processor = processors.TemplateProcessing(single="A $A", special_tokens=[("A", 7)])
+    shutil.copytree(model_folder, tmp_path / "base")
+    tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
+    base = weights.load(str(tmp_path / "base"))
+    ended = evaluate(runs["lora"], "--model", tmp_path / "base", "--prompt", "1: lunch =", *PLAIN)
+    ids = [7, *base.tokenizer.encode("1: lunch =", add_special_tokens=False).ids]
+    assert ended.out == base.tokenizer.decode(generate(tuned_model(runs["lora"], base), [ids], 6, stop=0)[0]) + "\n"
 
 
 def test_sampling(runs: dict[str, Path]) -> None:
@@ -163,6 +247,7 @@ def test_what_cannot_be_merged_is_not_saved(
     ended = evaluate(runs[mode], "--save", tmp_path / "hf")
     assert ended.code == 2 and "cannot be merged" in ended.err and reason in ended.err
     assert ended.err.count("\n") == 1 and not (tmp_path / "hf").exists()
+    assert "--predict FILE" in ended.err and ("--save-peft DIR" in ended.err) == (mode == "prompt")
 
 
 def test_saving_overwrites_nothing(runs: dict[str, Path], tmp_path: Path) -> None:

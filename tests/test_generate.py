@@ -146,7 +146,7 @@ def test_context_limit(make_gpt: Callable) -> None:
         generate(model, [[1] * 90, [2]], 7)
     soft_prompt(model, [1, 2])
     assert len(generate(model, [[1] * 90], 4)[0]) == 4
-    with pytest.raises(UserError, match="2 of the soft prompt [+] 90 prompt tokens [+] 5"):
+    with pytest.raises(UserError, match="2 reserved positions [+] 90 prompt tokens [+] 5"):
         generate(model, [[1] * 90], 5)
 
 

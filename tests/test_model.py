@@ -286,7 +286,7 @@ def test_context_limit(make_gpt: Callable) -> None:
         hidden(model, ids_for(model, 1, 97))
     model.prompt, model.prompt_tokens = nn.Embedding(10, model.config.n_embd), 10
     assert hidden(model, ids_for(model, 1, 86)).shape == (1, 86, 24)
-    with pytest.raises(UserError, match="87 tokens and 10 of the soft prompt"):
+    with pytest.raises(UserError, match="87 tokens and 10 reserved ones"):
         hidden(model, ids_for(model, 1, 87))
 
 

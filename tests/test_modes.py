@@ -171,16 +171,20 @@ def test_each_target_adapts_its_own_rows(make_gpt: Callable) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode, options", [case for case in EVERY if case[0] != "prompt"], ids=str)
+@EVERY_MODE
 def test_the_start_is_the_base_bit_for_bit(
     make_gpt: Callable, mode: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     base, model = make_gpt(), apply(make_gpt(), mode, options)
+    if model.prompt_tokens:
+        return  # extra positions change what is computed from the start
     base.requires_grad_(False)
     base.set_compute_dtype(dtype)
     model.set_compute_dtype(dtype)
-    if dtype == torch.bfloat16 and mode in ("full", "selective"):
-        return  # parameters that trained as bf16 would not be the base's: they stay fp32 until they are used
+    if dtype == torch.bfloat16 and mode not in ("lora", "adapter"):
+        # what is computed from fp32 parameters that train is not, bit for bit, what bf16 ones give
+        assert (logits(model) - logits(base)).norm() / logits(base).norm() < 0.03
+        return
     assert torch.equal(logits(base), logits(model))
     assert generate(base, [[1, 2], [3]], 8) == generate(model, [[1, 2], [3]], 8)
 
@@ -470,15 +474,17 @@ def test_merging_leaves_a_plain_gpt2_or_says_why_not(
 ) -> None:
     model = disturb(apply(make_gpt(), mode, options))
     tuned = logits(model)
-    if mode in ("prompt", "adapter"):
-        reason = {"prompt": "a soft prompt cannot be merged", "adapter": "adapters cannot be merged"}[mode]
-        with pytest.raises(UserError, match=reason):
+    record, plain_names = modes.MODES[mode], make_gpt().state_dict().keys()
+    if record.merge is None and not modes.tuned_parameters(model).keys() <= plain_names:
+        with pytest.raises(UserError) as caught:
             modes.merge(model, mode)
+        reasons = {"prompt": "a soft prompt cannot be merged", "adapter": "adapters cannot be merged"}
+        assert reasons.get(mode, record.why_no_merge or "and has no merge") in str(caught.value)
         return
     modes.merge(model, mode)
     weights.save_folder(Base("base", None, model, None, None), model, tmp_path / "out")
     plain = weights.load(str(tmp_path / "out")).model
-    assert plain.state_dict().keys() == make_gpt().state_dict().keys()
+    assert plain.state_dict().keys() == plain_names
     assert torch.allclose(logits(plain), tuned, atol=1e-5, rtol=1e-5)
 
 

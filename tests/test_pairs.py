@@ -221,6 +221,7 @@ def test_the_turns_of_tools_are_text(tmp_path):
              {"role": "function", "content": {"dish": "soup"}},
              {"role": "assistant", "content": [{"type": "text", "text": "Ann,"}, " soup."]}]
     pair = read_one(tmp_path, {"messages": turns, "tools": []})
+    assert read_file(tmp_path / "chat.jsonl")[1][0].endswith("(--turns last: the last one), not used: tools")
     written = json.dumps(call, ensure_ascii=False)
     assert pair.prompt == (f"System: Look.\nUser: Who?\nAssistant: {written}\nTool: Ann\n"
                            'Assistant: Wait.\n{"name": "f"}\nTool: {"dish": "soup"}\nAssistant:')

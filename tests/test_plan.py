@@ -19,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from minift import modes, plan
 from minift.device import process_bytes
 from minift.errors import UserError
+from minift.files import weights
+from minift.files.hub import PRESETS
 from minift.model.gpt import GPT, GPTConfig, Linear
 from minift.model.packing import Row
 from minift.modes.lora import LoRALinear
@@ -49,7 +51,7 @@ def configure(arguments: str) -> Config:
 
 @functools.cache
 def on_meta(name: str) -> GPT:
-    return plan.load_shape(name).model
+    return weights.load_on_meta(name).model
 
 
 def blank(shape: GPTConfig) -> GPT:
@@ -205,7 +207,7 @@ def test_more_rows_cost_more_and_nothing_is_computed() -> None:
     one, two = (predict(asked, SHAPE, BATCH * n) for n in (16, 32))  # as many: no rounding
     assert two["activations_bytes"] == pytest.approx(2 * one["activations_bytes"], rel=0.01)
     assert two["weights_bytes"] == one["weights_bytes"]
-    block = replace(plan.SIZES["gpt3-175b"], n_layer=1)
+    block = replace(PRESETS["gpt3-175b"].config, n_layer=1)
     assert predict(configure("full --dtype fp32"), block)["predicted_peak_bytes"] > 39e9
 
 
@@ -250,15 +252,15 @@ def test_mistakes_are_one_line(arguments: str, says: str) -> None:
 def test_gpt3_beside_the_paper() -> None:
     """Hu et al. 2021, section 4.2: full tuning of GPT-3 takes 1.2 TB of memory, and LoRA's file is 35 MB at
     rank 4 of query and value. Two blocks are planned in place of 96: the rest is the same arithmetic."""
-    small, cost = replace(plan.SIZES["gpt3-175b"], n_layer=2), {}
+    small, cost = replace(PRESETS["gpt3-175b"].config, n_layer=2), {}
     d, row = small.n_embd, [Row([0] * 64, ((52, 64),))]
     for arguments in ("full", "lora --rank 4 --targets q,v"):
         cost[arguments.split()[0]] = predict(configure(f"{arguments} --dtype fp32"), small, row)
-    weights = (small.vocab_size + 2048) * d + 2 * (12 * d * d + 13 * d) + 2 * d
+    count = (small.vocab_size + 2048) * d + 2 * (12 * d * d + 13 * d) + 2 * d
     full, lora = cost["full"], cost["lora"]
-    assert full["trainable_parameters"] == weights and lora["trainable_parameters"] == 2 * 2 * 4 * 2 * d
-    assert full["weights_bytes"] == full["gradients_bytes"] == full["tuned_bytes"] == 4 * weights
-    assert full["optimizer_bytes"] == pytest.approx(8 * weights)
+    assert full["trainable_parameters"] == count and lora["trainable_parameters"] == 2 * 2 * 4 * 2 * d
+    assert full["weights_bytes"] == full["gradients_bytes"] == full["tuned_bytes"] == 4 * count
+    assert full["optimizer_bytes"] == pytest.approx(8 * count)
     assert lora["optimizer_bytes"] == pytest.approx(8 * lora["trainable_parameters"], rel=1e-3)
     # for all 96 blocks: the paper counts weights in 2 bytes; trained parameters in fp16 took 35 MB
     assert 48 * lora["trainable_parameters"] * 2 == pytest.approx(35e6, rel=0.1)
@@ -268,4 +270,4 @@ def test_gpt3_beside_the_paper() -> None:
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(UserError, match="gpt5"):
-        plan.load_shape("gpt5")
+        weights.load_on_meta("gpt5")

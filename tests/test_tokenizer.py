@@ -1,6 +1,7 @@
 """Token ids and special tokens of many kinds of folder, beside transformers' AutoTokenizer."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,12 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, GenerationConfig
 
+from minift.data.dataset import start_tokens
 from minift.errors import UserError
 from minift.files import weights
 
 VOCAB_SIZE = 330  # the files have 320 tokens; 0 is <|endoftext|>
+END = "<|endoftext|>"
 CHAT = ["<USER>", "<ASSISTANT>", "<BOS>", "<EOS>"]
 CONTROL_TEXTS = (
     "<USER>Hi<ASSISTANT>Hello<EOS>",
@@ -89,6 +92,7 @@ def word_pieces(folder: Path) -> None:
 ADDED = put("added_tokens.json", {text: 320 + i for i, text in enumerate(CHAT)})
 CHAT_MAP = put("special_tokens_map.json", {"bos_token": "<BOS>", "eos_token": "<EOS>", "pad_token": "<EOS>",
                                            "unk_token": "<|endoftext|>"})  # fmt: skip
+UNUSED = "a normalizer, as GPT2Tokenizer"
 FAST_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 SLOW: dict[str, list[Change]] = {
     "vocab.json and merges.txt": [],
@@ -132,7 +136,7 @@ FAST: dict[str, list[Change]] = {
     "the same as PreTrainedTokenizerFast": [fast(with_template), put("tokenizer_config.json", FAST_CLASS)],
     "a normalizer, as PreTrainedTokenizerFast": [
         fast(set_normalizer), put("tokenizer_config.json", FAST_CLASS)],
-    "a normalizer, as GPT2Tokenizer": [fast(set_normalizer)],
+    UNUSED: [fast(set_normalizer)],
     "words": [
         word_level,
         put("tokenizer_config.json", FAST_CLASS | {"mask_token": "[MASK]", "unk_token": "[UNK]"})],
@@ -176,7 +180,7 @@ def test_ids_are_those_of_transformers(make: Callable, texts: tuple[str, ...], n
     base, theirs = assert_same_ids(folder, texts), AutoTokenizer.from_pretrained(folder)
     assert base.eos_token_id == (theirs.eos_token_id or 0)  # 0: BERT's has none, and config.json has 0
     first = theirs("a")["input_ids"][0]
-    assert base.bos_token_id == (first if first in (theirs.bos_token_id, theirs.cls_token_id) else None)
+    assert start_tokens(base.tokenizer) == ([first] if first in (theirs.bos_token_id, theirs.cls_token_id) else [])
 
     theirs.save_pretrained(folder.parent / "saved")  # as tokenizer.json and tokenizer_config.json
     shutil.copy(folder / "config.json", folder.parent / "saved")
@@ -213,10 +217,51 @@ def test_a_saved_folder_says_the_end_of_text_of_the_training(make: Callable, mak
 def test_ids_of_a_tokenizer_json_are_those_of_transformers(
     make: Callable, texts: tuple[str, ...], name: str
 ) -> None:
-    assert_same_ids(make(FAST[name]), texts)
+    base = assert_same_ids(make(FAST[name]), texts)
+    assert any("GPT2Tokenizer does not use" in note for note in base.notes) == (name == UNUSED)
 
 
-END = "<|endoftext|>"
+def random_settings(rng: random.Random) -> list[Change]:
+    """Control tokens spread over the files that can declare them, each with flags of its own."""
+    names = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
+    some = rng.sample([*CHAT, "[MASK]", "[SEP]", "<pad>", "lunch", END], 7)
+    flags = {name: rng.random() < 0.3 for name in ("lstrip", "rstrip", "single_word")}
+    objects = [token(text, **flags) for text in some]
+    options: dict[str, Any] = {}
+    files: dict[str, Any] = {"tokenizer_config.json": options}
+    for name in ("add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens"):
+        if rng.random() < 0.3:
+            options[name] = rng.random() < 0.7
+    if rng.random() < 0.3:
+        options["added_tokens_decoder"] = {str(320 + i): one for i, one in enumerate(objects[:3])}
+    elif rng.random() < 0.5:
+        files["added_tokens.json"] = {text: 320 + i for i, text in enumerate(some[:3])}
+    roles = dict(zip(rng.sample(names, 4), some[1:3] + objects[3:5], strict=True))
+    file = rng.choice(["tokenizer_config.json", "special_tokens_map.json"])
+    if file == "tokenizer_config.json":
+        for name in list(roles)[2:]:
+            roles[name] |= {"__type": "AddedToken"}
+    files.setdefault(file, {}).update(roles)
+    if rng.random() < 0.5:
+        files[file]["additional_special_tokens"] = some[5:]
+    return [put(name, value) for name, value in files.items()]
+
+
+@pytest.mark.parametrize("start", range(4))
+def test_ids_of_generated_settings_are_those_of_transformers(
+    make: Callable, texts: tuple[str, ...], start: int
+) -> None:
+    rng = random.Random(start)
+    for trial in range(12):
+        folder = make(random_settings(rng), f"{trial}")
+        if rng.random() < 0.5:
+            AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+            if rng.random() < 0.5:
+                options = json.loads((folder / "tokenizer_config.json").read_text())
+                put("tokenizer_config.json", options | FAST_CLASS)(folder)
+        assert_same_ids(folder, texts)
+
+
 EOS: dict[str, tuple[list[Change], dict[str, Any], int | None, str]] = {
     "all agree": ([], {"eos_token_id": 0}, 0, ""),
     "config.json says nothing": ([], {"eos_token_id": None}, 0, ""),

@@ -210,3 +210,9 @@ def test_the_tokens_that_a_tokenizer_puts_first_begin_each_row():
     assert [row.spans for row in examples] == [((2, 5),), ((1, 4),)]
     (short,), _ = encode([Pair("abc", "d", "x:1")], tokenizer, EOS, 5)
     assert tokenizer.decode(short.ids, skip_special_tokens=False) == "<BOS>c d<|endoftext|>"
+
+
+def test_a_base_without_end_of_text_is_refused(tmp_path):
+    options = DataOptions(data=str(write(tmp_path / "rows.jsonl", jsonl(numbered(9)))))
+    with pytest.raises(UserError, match="no file of the base names its end-of-text"):
+        load_examples(options, 0, byte_tokenizer(), None, 100, {"train": None})

@@ -264,7 +264,7 @@ def test_a_tuned_model_ends_its_text(common: list[str], tmp_path: Path, model_fo
     out = trained(*common, *options.split(), "--data", tmp_path / "copy", "--out", tmp_path / "x")
     result = json_of(tmp_path / "x" / "result.json")
     assert result["exact_match"] == 1.0 and result["rougeL"] == 1.0 and result["test_loss"] < 0.1
-    assert "3 of its 3 different prompts also stand in train" in out
+    assert "3 of its 3 different prompts are also in train" in out
     for prompt, completion in rows:
         ended = evaluate(tmp_path / "x", "--prompt", prompt, "--max-new-tokens", 40, "--dtype", "fp32")
         assert ended.out == f" {completion}\n"

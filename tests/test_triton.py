@@ -19,11 +19,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: nothing to test, PyTorch computes everything")
 
-import train
-from minift import plan
-from minift.data.dataset import Example, Pair
+from minift import plan, training
 from minift.errors import UserError
+from minift.files.weights import Base
 from minift.model.gpt import GPT, GPTConfig
+from minift.model.packing import Row
 from minift.ops import dropout_triton, kernel_choice, lora_triton
 from minift.ops.dropout import drop_threshold, keep_mask
 from minift.ops.lora import Update, lora_linear, lora_linear_reference
@@ -185,26 +185,28 @@ def test_offsets_beyond_32_bits(tmp_path: Path, rank: int) -> None:
 
 
 SMALL = GPTConfig(vocab_size=61, n_positions=32, n_embd=16, n_layer=1, n_head=2, eos_token_id=0)
-BATCH = [Example([7 * i % 60 for i in range(start, start + 9)], 4, Pair("", "", "")) for start in range(3)]
+BATCH = [Row([7 * i % 60 for i in range(start, start + 9)], ((4, 9),)) for start in range(3)]
 
 
-def ask(text: str) -> config.Config:
-    return config.parse(f"--mode lora --device {DEVICE.type} --dtype fp32 {text}".split(), "")["lora"]
+def lora_config(text: str) -> config.Config:
+    common = f"--mode lora --device {DEVICE.type} --dtype fp32 --max-new-tokens 8"
+    [parsed] = config.parse(f"{common} {text}".split(), "")
+    return parsed
 
 
 def test_twenty_steps_of_a_lora_run() -> None:
     losses = {}
     for kernel in ("torch", "triton"):
-        asked = ask(f"--targets q,v,proj --rank 3 --dropout 0.2 --lr 0.03 --kernel {kernel}")
+        settings = lora_config(f"--targets q,v,proj --rank 3 --dropout 0.2 --lr 0.03 --kernel {kernel}")
         torch.manual_seed(0)
         model = GPT(SMALL)
         model.init_weights(0)
-        train.prepare(model, asked)
+        training.apply_config(model, settings)
         model.to(DEVICE).train()
-        optimizer = train.make_optimizer(model, asked.train.lr, 0.0)
+        optimizer = training.make_optimizer(model, settings.train.lr, 0.0)
         losses[kernel] = []
         for _ in range(20):
-            loss, _ = train.train_step(model, [BATCH], 1.0)
+            loss, _ = training.train_step(model, [BATCH], 1.0)
             optimizer.step()
             optimizer.zero_grad()
             losses[kernel].append(loss)
@@ -217,11 +219,10 @@ def test_the_plan_counts_the_same(dropout: str) -> None:
     """FLOPs and activations; fake tensors reach no kernel."""
     costs = {}
     for kernel in ("torch", "triton"):
+        settings = lora_config(f"--targets q,v,proj --dropout {dropout} --kernel {kernel}")
         with torch.device("meta"):
-            shape = GPT(SMALL)
-        asked = ask(f"--targets q,v,proj --dropout {dropout} --kernel {kernel}")
-        costs[kernel] = plan.predict(asked, shape, BATCH, train.prepare, train.make_optimizer,
-                                     train.train_step)
+            base = Base("small", Path(), GPT(SMALL), None, None)
+        costs[kernel] = plan.predict(settings, training.build_on_meta(base, settings), BATCH)
     for name in ("flops_per_token", "activations_bytes", "gradients_bytes", "weights_bytes"):
         assert costs["triton"][name] == pytest.approx(costs["torch"][name], rel=1e-9), name
     assert costs["triton"]["predicted_peak_bytes"] <= costs["torch"]["predicted_peak_bytes"]
@@ -263,7 +264,7 @@ def test_where_triton_cannot_run_it_is_refused(monkeypatch: pytest.MonkeyPatch) 
     finally:
         kernel_choice.why_no_triton.cache_clear()
     ended = run_train("--mode", "full", "--kernel", "triton")
-    assert ended.code == 2 and "--kernel is about the low-rank update" in ended.err
+    assert ended.code == 2 and "--kernel is about low-rank updates" in ended.err
 
 
 def test_a_run_on_a_cpu_does_not_import_triton() -> None:

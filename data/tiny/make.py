@@ -170,7 +170,7 @@ def held_out_loss(model: GPT, ids: list[int]) -> float:
     """Nats a token, in windows of half the context."""
     window = CONTEXT // 2
     rows = [text_row(ids[start : start + window + 1]) for start in range(0, len(ids) - 1, window)]
-    return measure_losses(model, rows, batch=32).loss
+    return measure_losses(model, rows, batch=32)["loss"]
 
 
 @torch.no_grad()

@@ -76,12 +76,19 @@ def read_chat(fields: dict[str, Any], names: tuple[str, ...], turns: str, join: 
     return Chat(prompt, said[last].text, tuple(earlier))
 
 
-def read_chat_prompt(fields: dict[str, Any], names: tuple[str, ...], join: str) -> str:
-    """The turns as text, ready for the assistant's next answer; an answer at the end is left out."""
+def read_chat_prompt(fields: dict[str, Any], names: tuple[str, ...], turns: str,
+                     join: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """The turns as text, ready for the assistant's next answer, and the ranges of characters of the earlier
+    answers that a run would learn. An answer at the end is left out."""
     said = _read_turns(fields, names)
     if said[-1].role == ANSWERS:
         said = said[:-1]
-    return _write_turns(said, join)[0]
+    prompt, spans = _write_turns(said, join)
+    earlier = []
+    for turn, span in zip(said, spans, strict=True):
+        if turns == "all" and turn.role == ANSWERS and turn.learned and turn.text.strip():
+            earlier.append(span)
+    return prompt, tuple(earlier)
 
 
 def _write_turns(said: list[Turn], join: str) -> tuple[str, list[tuple[int, int]]]:
@@ -126,8 +133,8 @@ def _read_turn(turn: dict[str, Any], name: str) -> Turn:
 
 
 def _turn_text(turn: dict[str, Any]) -> str:
-    """What a turn says: its content, and the calls of tools as JSON."""
-    content = turn.get("content", turn.get("value"))
+    """The text of a turn: its content, and the calls of tools as JSON."""
+    content = turn.get("content", turn.get("value", turn.get("text")))
     parts = content if isinstance(content, list) else [content]
     text = "".join(_part_text(part) for part in parts if part is not None)
     for name in ("tool_calls", "function_call"):

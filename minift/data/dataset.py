@@ -12,9 +12,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minift.data.chats import between
-from minift.data.pairs import Pair, read_file
+from minift.data.layouts import AnyLayout, PairOptions, Ranges, choose_layout
+from minift.data.pairs import Pair, first_fields, read_file
 from minift.data.readers import FileFormat
 from minift.data.splits import cut_out, find_split_files, overlap_notes, parse_split
+from minift.data.templates import parse_template, used_fields
 from minift.errors import UserError, tokenizer_faults
 from minift.model.packing import Row
 from minift.options import option
@@ -49,6 +51,14 @@ class DataOptions:
     def separator(self) -> str:
         return self.join.replace("\\n", "\n")  # as in a template
 
+    @property
+    def format(self) -> FileFormat:
+        return FileFormat(self.encoding, self.delimiter, self.columns)
+
+    @property
+    def pair_options(self) -> PairOptions:
+        return PairOptions(self.prompt_field, self.completion_field, self.template, self.turns, self.separator)
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -62,13 +72,13 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Example(Row):
-    """A row of tokens, and the pair that it was made of."""
+    """A row of tokens, and its pair of texts."""
 
     pair: Pair
 
     @property
     def prompt(self) -> list[int]:
-        """The tokens before the last span: what a completion is generated from."""
+        """The tokens before the last span; a completion is generated from them."""
         return self.ids[: self.spans[-1][0]]
 
 
@@ -94,13 +104,12 @@ def read_pairs(options: DataOptions, seed: int) -> Pairs:
     shares = parse_split(options.split)
     path = Path(options.data)
     files, unused = find_split_files(path) if os.path.isdir(path) else ({"train": path}, [])
-    format = FileFormat(options.encoding, options.delimiter, options.columns)
     splits: dict[str, list[Pair]] = {"train": [], "val": [], "test": []}
     notes: list[str] = []
     for name, file in files.items():
         splits[name], file_notes = read_file(file, options.prompt_field, options.completion_field,
                                              options.template, options.skip_bad, options.turns,
-                                             options.separator, format)
+                                             options.separator, options.format)
         notes += file_notes
     notes += unused
     missing = {name: share for name, share in shares.items() if name not in files and share}
@@ -116,6 +125,19 @@ def read_pairs(options: DataOptions, seed: int) -> Pairs:
         splits["train"] = splits["train"][: options.rows]
         notes.append(f"train: the first {len(splits['train']):,} of {found:,} rows (--rows)")
     return Pairs(**splits, notes=notes + overlap_notes(splits))
+
+
+def read_layout(options: DataOptions) -> AnyLayout:
+    """How rows become prompts: as the flags say, else as the first training row is read. Raises UserError."""
+    if options.template is not None or options.prompt_field:
+        names = used_fields(parse_template(options.template)) if options.template else [options.prompt_field]
+        fields = dict.fromkeys(names, "")
+        return choose_layout(Path("--template"), fields, options.pair_options, with_completion=False)
+    if not options.data:
+        raise UserError("no data: give --template or --prompt-field")
+    path = Path(options.data)
+    file = find_split_files(path)[0]["train"] if os.path.isdir(path) else path
+    return choose_layout(file, first_fields(file, options.format), options.pair_options)
 
 
 # Tokens
@@ -160,20 +182,24 @@ def control_names(tokenizer: Tokenizer) -> dict[int, str]:
     return {number: token.content for number, token in added.items() if token.content.strip()}
 
 
+def prompt_pieces(prompt: str, learned: Ranges) -> list[tuple[str, bool]]:
+    """A prompt's texts that are tokenized each for itself, and whether they are learned."""
+    pieces = []
+    end = 0
+    for begin, stop in learned:
+        pieces += [(prompt[end:begin], False), (prompt[begin:stop], True)]
+        end = stop
+    return [*pieces, (prompt[end:], False)]
+
+
 def _pieces(pair: Pair, join: str) -> list[tuple[str, bool]]:
     """The texts of a row that are tokenized each for itself, and whether they are learned. A prompt has the
     same tokens without its completion: that is how it is given when the model answers."""
     if not pair.prompt:
         return [(pair.completion, True)]
-    pieces = []
-    end = 0
-    for begin, stop in pair.learned:
-        pieces += [(pair.prompt[end:begin], False), (pair.prompt[begin:stop], True)]
-        end = stop
-    pieces.append((pair.prompt[end:], False))
     # The space belongs to the completion, since GPT-2's tokens carry their space.
-    pieces.append((between(pair.prompt, pair.completion, join) + pair.completion, True))
-    return pieces
+    completion = between(pair.prompt, pair.completion, join) + pair.completion
+    return [*prompt_pieces(pair.prompt, pair.learned), (completion, True)]
 
 
 def encode(pairs: list[Pair], tokenizer: Tokenizer, eos_id: int, max_length: int, join: str = " ",
@@ -285,7 +311,7 @@ def length_report(name: str, pairs: list[Pair], examples: list[Example], counts:
 
 
 def _text_report(counts: list[Counts], rows: int, options: DataOptions) -> list[str]:
-    """What stands between prompts and completions, and the control tokens in the texts."""
+    """The rows in which `join` was put, and the control tokens in the texts."""
     lines = []
     joined = sum(each.joined for each in counts)
     if joined:
@@ -300,12 +326,15 @@ def _text_report(counts: list[Counts], rows: int, options: DataOptions) -> list[
     return lines
 
 
-def load_examples(options: DataOptions, seed: int, tokenizer: Tokenizer, eos_id: int, room: int,
+def load_examples(options: DataOptions, seed: int, tokenizer: Tokenizer, eos_id: int | None, room: int,
                   limits: dict[str, int | None]) -> tuple[dict[str, list[Example]], list[str]]:
     """The splits named in `limits` as tokens, at most so many rows of each, and the report to print.
 
     A row takes at most `room` of the model's positions, or --max-length if that is less. Raises UserError.
     """
+    if eos_id is None:
+        raise UserError("no file of the base names its end-of-text, which every row needs: put eos_token_id "
+                        "into its generation_config.json")
     pairs = read_pairs(options, seed)
     examples, lines, counts = {}, list(pairs.notes), []
     max_length = min(options.max_length or room, room)

@@ -11,7 +11,7 @@ from minift.data.lines import read_lines
 from minift.data.records import Record, SourceFloat, kind_of
 from minift.errors import UserError
 
-MAX_JSON_BYTES = 256 * 2**20  # a JSON document is parsed in memory, and may stand on one line
+MAX_JSON_BYTES = 256 * 2**20  # a JSON document is parsed in memory, and may be one line
 
 
 def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -37,6 +37,9 @@ TEXT_FIELD = "text"
 TARGET_FIELDS = ("label", "labels", "target", "summary", "completion", "response", "answer", "output")
 
 
+Ranges = tuple[tuple[int, int], ...]  # of characters, half-open
+
+
 @dataclass(frozen=True)
 class Pair:
     """A prompt, its completion, and their place: "train.jsonl:12".
@@ -48,7 +51,7 @@ class Pair:
     prompt: str
     completion: str
     where: str
-    learned: tuple[tuple[int, int], ...] = ()
+    learned: Ranges = ()
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,18 @@ class Layout:
     def used(self) -> list[str]:
         return [*used_fields(self.prompt), self.completion]
 
-    def prompt_of(self, fields: dict[str, Any]) -> str:
-        return fill(self.prompt, fields)
+    @property
+    def needed(self) -> list[str]:
+        """The fields without which a row has no prompt."""
+        return needed_fields(self.prompt)
+
+    def prompt_of(self, fields: dict[str, Any]) -> tuple[str, Ranges]:
+        """The prompt of a row that may lack its completion, and the ranges of it that a run would learn too."""
+        return fill(self.prompt, fields), ()
 
     def read(self, fields: dict[str, Any], where: str) -> Pair:
         """The prompt is "" if all its fields are blank. Raises ValueError for a bad row."""
-        return Pair(self.prompt_of(fields), field_text(fields, self.completion), where)
+        return Pair(fill(self.prompt, fields), field_text(fields, self.completion), where)
 
     def __str__(self) -> str:
         names = ", ".join(used_fields(self.prompt))
@@ -80,13 +89,19 @@ class ChatLayout:
     names: tuple[str, ...]  # of the fields with the turns
     turns: str  # "all" answers are learned, or the "last"
     join: str
+    unused: tuple[str, ...] = ()  # fields of the row that say how the chat came about
 
     @property
     def used(self) -> list[str]:
         return list(self.names)
 
-    def prompt_of(self, fields: dict[str, Any]) -> str:
-        return read_chat_prompt(fields, self.names, self.join)
+    @property
+    def needed(self) -> list[str]:
+        return [self.names[0]]  # turns in a second field are the completion
+
+    def prompt_of(self, fields: dict[str, Any]) -> tuple[str, Ranges]:
+        names = tuple(name for name in self.names if name in fields)
+        return read_chat_prompt(fields, names or self.names, self.turns, self.join)
 
     def read(self, fields: dict[str, Any], where: str) -> Pair:
         chat = read_chat(fields, self.names, self.turns, self.join)
@@ -94,9 +109,10 @@ class ChatLayout:
 
     def __str__(self) -> str:
         turns = f"fields {', '.join(self.names)}" if len(self.names) > 1 else f"field {self.names[0]}"
+        unused = f", not used: {', '.join(self.unused)}" if self.unused else ""
         if self.turns == "all":
-            return f"{turns}, every answer of the assistant is learned (--turns last: the last one)"
-        return f"{turns}, the last answer of the assistant is learned"
+            return f"{turns}, every answer of the assistant is learned (--turns last: the last one){unused}"
+        return f"{turns}, the last answer of the assistant is learned{unused}"
 
 
 @dataclass(frozen=True)
@@ -107,8 +123,12 @@ class TextLayout:
     def used(self) -> list[str]:
         return [self.name]
 
-    def prompt_of(self, fields: dict[str, Any]) -> str:
-        return field_text(fields, self.name)  # to be continued
+    @property
+    def needed(self) -> list[str]:
+        return [self.name]
+
+    def prompt_of(self, fields: dict[str, Any]) -> tuple[str, Ranges]:
+        return field_text(fields, self.name), ()  # to be continued
 
     def read(self, fields: dict[str, Any], where: str) -> Pair:
         return Pair("", field_text(fields, self.name), where)
@@ -149,7 +169,7 @@ def choose_layout(path: Path, fields: dict[str, Any], options: PairOptions,
     flags name fields that are not there."""
     known = _known_layout(fields, with_completion)
     if options.prompt_field is None and options.completion_field is None and options.template is None:
-        layout = _layout_without_flags(fields, options, known)
+        layout = _layout_without_flags(fields, options, known, with_completion)
     elif options.prompt_field == "" and options.template is None and options.completion_field in fields:
         return TextLayout(options.completion_field)
     else:
@@ -164,16 +184,17 @@ def choose_layout(path: Path, fields: dict[str, Any], options: PairOptions,
     return layout
 
 
-def _layout_without_flags(fields: dict[str, Any], options: PairOptions,
-                          known: Layout | None) -> AnyLayout | None:
-    if is_turns(fields.get("prompt")) and is_turns(fields.get("completion")):
+def _layout_without_flags(fields: dict[str, Any], options: PairOptions, known: Layout | None,
+                          with_completion: bool) -> AnyLayout | None:
+    if is_turns(fields.get("prompt")) and (is_turns(fields.get("completion")) or not with_completion):
         # Only the completion is to be learned, whatever answers the prompt holds.
         return ChatLayout(("prompt", "completion"), "last", options.join)
     if known is not None:
         return known
     for name in CHAT_FIELDS:
         if name in fields:
-            return ChatLayout((name,), options.turns, options.join)
+            unused = tuple(other for other in ("tools", "functions") if other in fields)
+            return ChatLayout((name,), options.turns, options.join, unused)
     if TEXT_FIELD in fields and not any(name in fields for name in TARGET_FIELDS):
         return TextLayout(TEXT_FIELD)
     return None

@@ -22,7 +22,7 @@ BYTE_ORDER_MARKS = {
 }  # fmt: skip
 PANDAS = 'python -c "import pandas; pandas.{0}({1!r}).to_json({2!r}, orient=\'records\', lines=True)"'
 ARROW = 'python -c "import datasets; datasets.Dataset.from_file({1!r}).to_json({2!r})"'
-# First bytes of files that are not text: what they are, and the command that converts them.
+# First bytes of files that are not text, the name of their kind, and the command that converts them.
 BINARY_KINDS = (
     (b"PAR1", "Parquet", PANDAS.replace("{0}", "read_parquet")),
     (b"ARROW1", "Arrow", PANDAS.replace("{0}", "read_feather")),

@@ -1,12 +1,12 @@
 """Files -> pairs of prompt and completion, with notes on the rows that were dropped and why."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minift.data.chats import WEIGHT_FIELDS, is_learned
-from minift.data.layouts import AnyLayout, Pair, PairOptions, TextLayout, choose_layout
+from minift.data.layouts import AnyLayout, Pair, PairOptions, Ranges, TextLayout, choose_layout
 from minift.data.readers import FileFormat, read_records
 from minift.errors import UserError
 
@@ -66,27 +66,36 @@ def _read_pair(layout: AnyLayout, fields: dict[str, Any], where: str) -> tuple[P
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that waits for its completion, and the row that it was made of."""
+    """A prompt that waits for its completion, and its row."""
 
     text: str
     fields: dict[str, Any]
     where: str
+    learned: Ranges = field(default=(), compare=False)  # earlier answers of a chat, as in Pair
 
 
-def read_prompts(path: Path, options: PairOptions, format: FileFormat = PLAIN_FORMAT) -> Iterator[Prompt]:
-    """The prompts of a file whose rows need no completions, in their order. Raises UserError at the first row
-    that gives none."""
-    layout = None
+def read_prompts(path: Path, options: PairOptions, format: FileFormat = PLAIN_FORMAT,
+                 layout: AnyLayout | None = None) -> Iterator[Prompt]:
+    """The prompts of a file whose rows need no completions, in their order. Without `layout` the first row
+    decides on it. Raises UserError at the first row that gives no prompt."""
     records, _ = read_records(path, format)
     for record in records:
         problem = record.problem
         if not problem:
             layout = layout or choose_layout(path, record.fields, options, with_completion=False)
             try:
-                text = layout.prompt_of(record.fields)
+                text, learned = layout.prompt_of(record.fields)
                 problem = "" if text.strip() else "the prompt is empty"
             except ValueError as error:
                 problem = str(error)
         if problem:
             raise UserError(f"{path.with_name(record.where)}: {problem}: mend or remove the row")
-        yield Prompt(text, record.fields, record.where)
+        yield Prompt(text, record.fields, record.where, learned)
+
+
+def first_fields(path: Path, format: FileFormat) -> dict[str, Any]:
+    """The fields of the first row that can be read. Raises UserError if there is none."""
+    for record in read_records(path, format)[0]:
+        if not record.problem:
+            return record.fields
+    raise UserError(f"{path}: no usable row, the file holds none")

@@ -1,6 +1,6 @@
 """Files -> records. The content decides how a file is read; the name decides only where the content does not.
 
-Every error says file and line. What a file costs is bounded in lines.py and json_rows.py.
+Every error says file and line. The memory that a file costs is bounded in lines.py and json_rows.py.
 """
 
 import os

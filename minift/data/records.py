@@ -1,4 +1,4 @@
-"""A record is one row of a file: named fields, and the place where the row stands."""
+"""A record is one row of a file: named fields, and the row's place."""
 
 import json
 import re

@@ -152,7 +152,7 @@ def _find_dialect(usual: str, texts: list[str], delimiter: str | None, names: li
 
 
 def _delimiter_rank(texts: list[str], delimiter: str, names: list[str] | None) -> tuple[bool, float]:
-    """Sorts separators that stand in the first row: those which give all rows as many fields come first."""
+    """Sorts the separators of the first row: those which give all rows as many fields come first."""
     fit = _measure_fit(texts, Dialect(delimiter), names)
     if fit.broken:
         fit = _measure_fit(texts, Dialect(delimiter, quotes=False), names)

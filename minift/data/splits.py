@@ -169,5 +169,5 @@ def _cut_text(file: Path, pair: Pair, shares: dict[str, float]) -> tuple[Splits,
 def overlap_notes(splits: Splits) -> list[str]:
     prompts = {name: {split_key(pair) for pair in pairs} for name, pairs in splits.items()}
     shared = {(a, b): len(prompts[a] & prompts[b]) for a, b in combinations(splits, 2)}
-    return [f"{b}: {count:,} of its {len(prompts[b]):,} different prompts also stand in {a}"
+    return [f"{b}: {count:,} of its {len(prompts[b]):,} different prompts are also in {a}"
             for (a, b), count in shared.items() if count]

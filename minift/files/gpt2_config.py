@@ -61,7 +61,7 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
 def parse_config(raw: dict[str, Any], where: str) -> GPTConfig:
     """A parsed config.json as a GPTConfig; errors begin with `where`.
 
-    The end-of-text is not read: see tokenizer.end_of_text. Raises UserError for what is not GPT-2.
+    The end-of-text is not read: see special_tokens.end_of_text. Raises UserError for what is not GPT-2.
     """
     check_model_type(raw, where)
     raw = use_gpt2_names(raw, where)

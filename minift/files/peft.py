@@ -20,7 +20,7 @@ from minift.files import atomic, safetensors
 from minift.files.weights import FLOATS, make_folder, read_bin
 from minift.model.gpt import GPT, GPTConfig
 from minift.modes import lora, prompt
-from minift.options import from_json
+from minift.options import check_bounds, from_json
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every name that PEFT gives to a base's module
@@ -116,6 +116,10 @@ def read(folder: Path, config: GPTConfig) -> tuple[str, Any, dict[str, Tensor]]:
             raise UserError(f"{where}: {name:.80} is {value!r:.60}, which is not supported here")
     tensors = read_tensors(folder)
     options, tensors = conversion.read(config, from_json(conversion.Fields, fields, where), tensors, where)
+    try:
+        check_bounds(options)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     return conversion.mode, options, tensors
 
 

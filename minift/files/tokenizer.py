@@ -1,11 +1,10 @@
-"""A folder's tokenizer and special tokens, with the token ids that transformers gives for the same folder.
+"""A folder's tokenizer, with the token ids that transformers gives for the same folder.
 
 Files: tokenizer.json, or vocab.json and merges.txt, or vocab.txt (BERT's); beside them tokenizer_config.json,
 added_tokens.json and special_tokens_map.json. Their meaning follows transformers 5 (AutoTokenizer).
 """
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ DEFAULTS = {  # by transformers' class
     "BertTokenizer": {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
                       "mask_token": "[MASK]"},
 }
-CONTROL = re.compile(r"<.+>|\[.+\]")  # how a control token is written
 
 
 @dataclass
@@ -36,6 +34,8 @@ class Settings:
     named: dict[str, AddedToken | None] = field(default_factory=dict)  # such as eos_token; None: null there
     extra: list[AddedToken] = field(default_factory=list)  # special tokens without a name
     added: dict[int, AddedToken] = field(default_factory=dict)
+    built_in: list[AddedToken] = field(default_factory=list)  # of a tokenizer.json that is taken as it is
+    notes: list[str] = field(default_factory=list)  # lines to print
 
     @property
     def kind(self) -> str:
@@ -51,17 +51,16 @@ class Settings:
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int
-                   ) -> tuple[Tokenizer | None, Settings, list[str]]:
-    """The tokenizer, or None when the folder has none; its settings; notes to print.
+                   ) -> tuple[Tokenizer | None, Settings]:
+    """The tokenizer, or None when the folder has none, and its settings.
 
     `config` is the parsed config.json. Raises UserError.
     """
     with tokenizer_faults(f"{folder}: the tokenizer's files cannot be read"):
-        settings = read_settings(folder)
-        settings.options.setdefault("tokenizer_class", config.get("tokenizer_class"))
+        settings = read_settings(folder, config)
         tokenizer = read_vocabulary(folder, settings)
     if tokenizer is None:
-        return None, settings, []
+        return None, settings
     highest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
     if highest >= vocab_size:
         raise UserError(f"{folder}: the tokenizer has token {highest}, and config.json a vocabulary of "
@@ -73,40 +72,78 @@ def load_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.decode(tokenizer.encode("It works.").ids)
-    notes = []
     if left_out:
         some = ", ".join(f"{text!r:.40}" for text in left_out[:5])
-        notes = [f"{folder}: {len(left_out)} tokens of the tokenizer are left out, since the vocabulary of "
-                 f"{vocab_size} has no place for them: {some}"]
-    return tokenizer, settings, notes
+        settings.notes.append(f"{folder}: {len(left_out)} tokens of the tokenizer are left out, since the "
+                              f"vocabulary of {vocab_size} has no place for them: {some}")
+    return tokenizer, settings
 
 
-def read_settings(folder: Path) -> Settings:
+def read_settings(folder: Path, config: dict[str, Any]) -> Settings:
     """The small files. Raises UserError, or any error of malformed values."""
     options = read_optional(folder / "tokenizer_config.json")
-    decoder = options.get("added_tokens_decoder")
+    options.setdefault("tokenizer_class", config.get("tokenizer_class"))
     declared = dict(options)
-    if decoder is None:  # the older files count only where the newer field is absent
+    if options.get("added_tokens_decoder") is None:  # the older file counts only without this newer field
         declared |= read_optional(folder / "special_tokens_map.json")
-    extra = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
-    if isinstance(extra, dict):
-        extra = list(extra.values())
-    settings = Settings(options, extra=[make_token(token, special=True) for token in extra])
+    settings = Settings(options)
     for name in NAMED:
         if name in declared:
             token = declared[name]
             settings.named[name] = None if token is None else make_token(token, special=True)
+    settings.extra = [make_token(token, special=True) for token in extra_tokens(options, declared)]
 
+    read_added_tokens(folder, settings)
+
+    # a token that is added and has a role has one set of flags
+    by_text = {token.content: token for token in settings.added.values()}
+    for name, token in settings.named.items():
+        if token is not None:
+            settings.named[name] = by_text.get(token.content, token)
+    roles = {settings.text(name) for name in NAMED}
+    for token in settings.added.values():
+        token.special = token.special or token.content in roles
+    return settings
+
+
+def read_added_tokens(folder: Path, settings: Settings) -> None:
+    """Fill settings.added and settings.built_in, from the newest place that lists added tokens."""
+    raw = read_optional(folder / "tokenizer.json")
+    built_in = {int(token["id"]): make_token(token) for token in raw.get("added_tokens") or []}
+    if not takes_vocabulary_only(settings, raw):
+        settings.built_in = [token for _, token in sorted(built_in.items())]
+    decoder = settings.options.get("added_tokens_decoder")
     if decoder is not None:
         settings.added = {int(number): make_token(token) for number, token in decoder.items()}
-        return settings
-    special = {token.content for token in [*settings.named.values(), *settings.extra] if token is not None}
+        return
+    roles = [token for token in [*settings.named.values(), *settings.extra] if token is not None]
+    special = {token.content for token in roles}
     for text, number in read_optional(folder / "added_tokens.json").items():
         is_special = text in special
         settings.added[int(number)] = AddedToken(text, special=is_special, normalized=not is_special)
-    for token in read_optional(folder / "tokenizer.json").get("added_tokens") or []:
-        settings.added[int(token["id"])] = make_token(token)
-    return settings
+    settings.added |= built_in
+
+
+def extra_tokens(options: dict[str, Any], declared: dict[str, Any]) -> list[Any]:
+    """Special tokens beside those of NAMED: of a name that only this model has, or of none."""
+    tokens = []
+    for name, value in declared.items():
+        if name.endswith("_token") and name not in NAMED and isinstance(value, str | dict):
+            tokens.append(value)
+    extra = options.get("extra_special_tokens") or []
+    if isinstance(extra, dict):
+        tokens += extra.values()
+        extra = []
+    if not extra:
+        extra = options.get("additional_special_tokens") or []
+    if not extra and options.get("extra_special_tokens") != []:
+        extra = declared.get("additional_special_tokens") or []
+    return tokens + list(extra)
+
+
+def takes_vocabulary_only(settings: Settings, raw: dict[str, Any]) -> bool:
+    """Whether transformers takes vocabulary, merges and template from a tokenizer.json, and nothing else."""
+    return settings.kind == "GPT2Tokenizer" and (raw.get("model") or {}).get("type", "BPE") == "BPE"
 
 
 def read_optional(path: Path) -> dict[str, Any]:
@@ -130,12 +167,17 @@ def read_vocabulary(folder: Path, settings: Settings) -> Tokenizer | None:
     raw = read_optional(folder / "tokenizer.json")
     if raw:
         raw["added_tokens"] = []
-        model = raw.get("model") or {}
-        if settings.kind == "GPT2Tokenizer" and model.get("type", "BPE") == "BPE":
-            # GPT2Tokenizer takes vocabulary, merges and template from the file, and else its own settings
+        if takes_vocabulary_only(settings, raw):
+            model = raw["model"]
+            if raw.get("normalizer") or (raw.get("pre_tokenizer") or {}).get("type") != "ByteLevel":
+                settings.notes.append(
+                    f"{folder}: transformers' GPT2Tokenizer does not use the normalizer and pre_tokenizer of "
+                    "tokenizer.json; to use them, set tokenizer_class to PreTrainedTokenizerFast in "
+                    "tokenizer_config.json")
+            byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+            byte_level["add_prefix_space"] = space
             raw["normalizer"] = None
-            raw["pre_tokenizer"] = byte_level = {"type": "ByteLevel", "add_prefix_space": space,
-                                                 "trim_offsets": True, "use_regex": True}
+            raw["pre_tokenizer"] = byte_level
             raw["decoder"] = byte_level
             raw["model"] = {"type": "BPE", "vocab": model["vocab"], "merges": model["merges"]}
         return Tokenizer.from_str(json.dumps(raw))
@@ -170,28 +212,29 @@ def read_word_pieces(path: Path, settings: Settings) -> Tokenizer:
 def add_tokens(tokenizer: Tokenizer, settings: Settings, vocab_size: int) -> list[str]:
     """Add the control tokens that the files list. Those whose ids exceed the vocabulary are left out, and
     returned."""
-    by_text = {token.content: token for token in settings.added.values()}
-    tokens = [token for _, token in sorted(settings.added.items())]
-    for token in [*settings.named.values(), *settings.extra]:
-        if token is not None and token.content not in by_text:
-            tokens.append(token)
-            by_text[token.content] = token
-    for name in NAMED:  # a default counts only if the vocabulary has it
+    tokens = list(settings.built_in)
+    tokens += [token for _, token in sorted(settings.added.items()) if token not in settings.built_in]
+    listed = {token.content for token in tokens}
+    for name in NAMED:
+        token = settings.named.get(name)
         text = settings.text(name)
-        if text is not None and text not in by_text and tokenizer.token_to_id(text) is not None:
-            tokens.append(AddedToken(text, special=True))
+        if token is None and text is not None and tokenizer.token_to_id(text) is not None:
+            token = AddedToken(text, special=True)  # a default counts only if the vocabulary has it
+        if token is not None and token.content not in listed and token not in tokens:
+            tokens.append(token)
+    tokens += [token for token in settings.extra if token.content not in listed]
 
-    left_out, possible = [], {}
+    left_out, possible = set(), {}
     next_id = tokenizer.get_vocab_size(with_added_tokens=False)
     for token in tokens:
         if token.content not in possible and tokenizer.token_to_id(token.content) is None:
             if next_id >= vocab_size:
-                left_out.append(token.content)
+                left_out.add(token.content)
                 continue
             next_id += 1
-        possible[token.content] = token
+        possible[token.content] = token  # of two with the same text the later one counts
     tokenizer.add_tokens(list(possible.values()))
-    return left_out
+    return sorted(left_out)
 
 
 def add_template(tokenizer: Tokenizer, folder: Path, settings: Settings) -> None:
@@ -214,69 +257,3 @@ def add_template(tokenizer: Tokenizer, folder: Path, settings: Settings) -> None
             special.append((text, number))
     if special:
         tokenizer.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=special)
-
-
-def begin_of_text(tokenizer: Tokenizer) -> int | None:
-    """The token that the tokenizer puts before every text, or None."""
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    full = tokenizer.encode("a").ids
-    if len(full) > len(plain) and full[1 : 1 + len(plain)] == plain:
-        return full[0]
-    return None
-
-
-def end_of_text(folder: Path, config: dict[str, Any], tokenizer: Tokenizer | None, settings: Settings,
-                vocab_size: int) -> tuple[int | None, list[str]]:
-    """The end-of-text that the base was trained with, or None; and a note if the files disagree.
-
-    A config.json often keeps the id that another tokenizer has, so it comes last, unless it names a control
-    token. `config` is the parsed config.json. Raises UserError.
-    """
-    generation = read_optional(folder / "generation_config.json")
-    found = []  # (rank, file, id): the lowest rank counts
-    for number in token_ids(generation, folder / "generation_config.json"):
-        copied = generation.get("_from_model_config") is True  # from config.json, by transformers
-        rank = 1 if not copied else 2 if is_control_token(tokenizer, number) else 4
-        found.append((rank, "generation_config.json", number))
-    for number in token_ids(config, folder / "config.json"):
-        found.append((2 if is_control_token(tokenizer, number) else 4, "config.json", number))
-    number = None if tokenizer is None else tokenizer.token_to_id(settings.text("eos_token") or "")
-    if number is not None:
-        is_default = settings.named.get("eos_token") is None  # of the tokenizer's class, in no file
-        found.append((3 if is_default else 0, "the tokenizer", number))
-    if tokenizer is None and not found and "eos_token_id" not in config:
-        found.append((5, "GPT-2's default", 50256))
-
-    possible = [one for one in found if 0 <= one[2] < vocab_size]
-    if not possible:
-        return None, []
-    _, source, chosen = min(possible, key=lambda one: one[0])
-    agreeing = {file for _, file, number in found if number == chosen}
-    said = ""
-    for _, file, number in found:
-        if file not in agreeing:
-            said += f"; {file} has {show_token(tokenizer, number)}"
-    note = f"{folder}: the end-of-text is {show_token(tokenizer, chosen)}, as {source} says{said}"
-    return chosen, [note] if said else []
-
-
-def show_token(tokenizer: Tokenizer | None, number: int) -> str:
-    text = None if tokenizer is None or number < 0 else tokenizer.id_to_token(number)
-    return str(number) if text is None else f"{number} ({text!r:.40})"
-
-
-def token_ids(raw: dict[str, Any], path: Path) -> list[int]:
-    """eos_token_id as a list: it may be a number, a list or null. Raises UserError."""
-    value = raw.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(number) is int and abs(number) < 2**31 for number in ids):
-        raise UserError(f"{path}: eos_token_id is {value!r:.80}, and must be a token id")
-    return ids
-
-
-def is_control_token(tokenizer: Tokenizer | None, number: int) -> bool:
-    """Whether a token looks like one that marks a place, and not like a part of a text."""
-    text = None if tokenizer is None or number < 0 else tokenizer.id_to_token(number)
-    if text is None:
-        return False
-    return number in tokenizer.get_added_tokens_decoder() or CONTROL.fullmatch(text) is not None

@@ -20,8 +20,9 @@ from minift.errors import UserError
 from minift.files import atomic, safetensors
 from minift.files.gpt2_config import read_config, saved_config
 from minift.files.hub import PRESETS, find_folder
+from minift.files.special_tokens import end_of_text, token_ids
 from minift.files.tokenizer import FILES as TOKENIZER_FILES
-from minift.files.tokenizer import begin_of_text, end_of_text, load_tokenizer, token_ids
+from minift.files.tokenizer import load_tokenizer
 from minift.model.gpt import GPT, GPTConfig, compare_shapes
 
 CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
@@ -37,9 +38,8 @@ class Base:
     """A loaded base: the model, and where it comes from.
 
     The model is frozen, in fp32, on the CPU or on the meta device. `name` is what the user wrote; `folder` is
-    None for a preset that was not fetched; `fingerprint` is None without weights. `bos_token_id` goes before
-    every prompt, if it is not None. `eos_token_id` ends every row; None where no file names a token of the
-    vocabulary. `notes` are lines to print.
+    None for a preset that was not fetched; `fingerprint` is None without weights. `eos_token_id` ends every
+    row; None where no file names a token of the vocabulary. `notes` are lines to print.
     """
 
     name: str
@@ -47,7 +47,6 @@ class Base:
     model: GPT
     tokenizer: Tokenizer | None
     fingerprint: str | None
-    bos_token_id: int | None = None
     eos_token_id: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -104,11 +103,10 @@ def load_on_meta(name: str) -> Base:
 def read_folder(name: str, folder: Path) -> Base:
     """Everything of a folder but its weights."""
     config, raw = read_config(folder)
-    tokenizer, settings, notes = load_tokenizer(folder, raw, config.vocab_size)
-    eos, more = end_of_text(folder, raw, tokenizer, settings, config.vocab_size)
-    bos = begin_of_text(tokenizer) if tokenizer is not None else None
+    tokenizer, settings = load_tokenizer(folder, raw, config.vocab_size)
+    eos, notes = end_of_text(folder, raw, tokenizer, settings, config.vocab_size)
     model = build_on_meta(replace(config, eos_token_id=eos), str(folder / "config.json"))
-    return Base(name, folder, model, tokenizer, None, bos, eos, (*notes, *more))
+    return Base(name, folder, model, tokenizer, None, eos, (*settings.notes, *notes))
 
 
 def build_on_meta(config: GPTConfig, where: str) -> GPT:

@@ -27,16 +27,21 @@ class KVCache:
         self.order = torch.tensor(order, device=device)
         self.inverse_order = self.order.argsort()
         self.seqlens = [seqlens[row] for row in order]
+
+        # All slots of a layer lie in one flat dimension: a group's rows, of each row its heads, of each head a slot
+        # for every position.
         self.groups: list[tuple[slice, slice]] = []  # rows of one call, and their part of the slots
-        slot_offset, end = [], 0
+        slot_offset = []
+        end = 0
         rows_per_call = ROWS_PER_CALL if device.type == "cpu" else B
         for start in range(0, B, rows_per_call):
-            rows = slice(start, min(start + rows_per_call, B))
-            slots = self.seqlens[rows.stop - 1] + max_new_tokens  # of the longest row
-            heads = (rows.stop - rows.start) * n_head
-            slot_offset.append(end + slots * torch.arange(heads).view(-1, n_head))
-            self.groups.append((rows, slice(end, end + heads * slots)))
-            end += heads * slots
+            stop = min(start + rows_per_call, B)
+            heads = (stop - start) * n_head
+            slots_per_head = self.seqlens[stop - 1] + max_new_tokens  # the group's last row is its longest
+            first_slots = end + slots_per_head * torch.arange(heads)
+            slot_offset.append(first_slots.view(-1, n_head))
+            self.groups.append((slice(start, stop), slice(end, end + heads * slots_per_head)))
+            end += heads * slots_per_head
         self.slot_offset = torch.cat(slot_offset).to(device)  # (B, nh): the slot of each row's position 0
         self.k = torch.zeros(n_layer, end, hs, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)

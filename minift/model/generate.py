@@ -48,7 +48,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, tempe
     P, longest = model.prompt_tokens, max(map(len, prompts))
     config, device = model.config, model.device
     if P + longest + max_new_tokens > config.n_positions:
-        reserved = f"{P} of the soft prompt + " if P else ""
+        reserved = f"{P} reserved positions + " if P else ""
         raise UserError(f"{reserved}{longest} prompt tokens + {max_new_tokens} new ones exceed the model's "
                         f"{config.n_positions} positions: shorten the prompt or lower --max-new-tokens")
     was_training = model.training

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minift.device import release_pages, uses_onednn_bf16
+from minift.distributed import is_sharded
 from minift.errors import UserError
 from minift.model.cache import KVCache
 from minift.model.packing import Batch, Row, pack
@@ -68,6 +69,7 @@ class Linear(nn.Linear):
     kernel = "auto"  # the implementation of a low-rank update, where a subclass has one; see GPT.set_kernel
 
     def forward(self, x: Tensor) -> Tensor:
+        # .to() returns the tensor itself where the dtype is right already
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return linear(x, self.weight.to(x.dtype), bias)
 
@@ -97,8 +99,9 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.prefix: nn.Module | None = None
         self.layer, self.n_head = layer, config.n_head
+        # scores are scaled by 1 / sqrt(hs), so that softmax does not saturate for wide heads
         self.scale = 1 / math.sqrt(config.n_embd // config.n_head) if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
+        if config.scale_attn_by_inverse_layer_idx:  # of Mistral's GPT-2: against overflow in fp16
             self.scale /= layer + 1
 
     def forward(self, x: Tensor, rows: PackedRows, dropout: float = 0.0, cache: KVCache | None = None,
@@ -106,12 +109,13 @@ class Attention(nn.Module):
         """Attention within each packed row, (N, C) -> (N, C), or (n, C) of the tokens that `positions` (n,)
         index. A `cache` takes the keys and values."""
         qkv = self.c_attn(x)  # (N, C) -> (N, 3C)
+        # before the cache, so that decoding sees the prefix without knowing of it
         if self.prefix is not None:
             qkv = put_prefix(qkv, self.prefix.weight.to(qkv.dtype), rows.positions)
         if cache is not None:
             cache.prefill(self.layer, qkv, rows)
         y = attention(qkv, rows, self.n_head, self.scale, dropout)  # (N, C)
-        return self.c_proj(select_tokens(y, positions))
+        return self.c_proj(select_tokens(y, positions))  # (n, C)
 
     def next(self, x: Tensor, cache: KVCache) -> Tensor:
         """The same for one new token in each of the cache's rows, (B, C) -> (B, C)."""
@@ -136,7 +140,8 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
+        x = self.activation(self.c_fc(x))  # (N, C) -> (N, 4C)
+        return self.c_proj(x)  # (N, 4C) -> (N, C)
 
 
 class Block(nn.Module):
@@ -217,6 +222,7 @@ class GPT(nn.Module):
             if parameter.dim() == 1:
                 parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
             else:
+                # two residual additions in each block: their variances add up to that of one
                 std = 0.02 / (math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1)
                 parameter.data.normal_(0.0, std, generator=generator)
 
@@ -229,8 +235,9 @@ class GPT(nn.Module):
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token ids (N,) at positions (N,) of their rows -> the first block's input (N, C)."""
-        x = self.wte(tokens)
+        x = self.wte(tokens)  # (N, C)
         if self.prompt is not None:
+            # the first P positions of each row take the soft prompt; their token ids mean nothing
             soft = self.prompt.weight.to(x.dtype)
             soft = F.embedding(positions.clamp(max=len(soft) - 1), soft)  # (P, C) -> (N, C)
             x = torch.where((positions < self.prompt_tokens)[:, None], soft, x)
@@ -244,7 +251,7 @@ class GPT(nn.Module):
         """
         rows = batch.rows
         if rows.max_seqlen > self.config.n_positions:
-            reserved = f" and {self.prompt_tokens} of the soft prompt" if self.prompt_tokens else ""
+            reserved = f" and {self.prompt_tokens} reserved ones" if self.prompt_tokens else ""
             raise UserError(f"{rows.max_seqlen - self.prompt_tokens} tokens{reserved} do not fit into the model's "
                             f"{self.config.n_positions} positions: shorten the text, or lower --max-length or "
                             "--max-new-tokens")
@@ -253,7 +260,8 @@ class GPT(nn.Module):
         dropout = self.dropout if self.training else 0.0
         x = F.dropout(self.embed(batch.tokens, rows.positions), dropout)
         for block in self.h:
-            # after the last block's attention only the selected tokens are needed
+            # after the last block's attention only the selected tokens are needed: in training the targets, some
+            # 15 % of the tokens. A layer that counts on every token of its rows must get them all.
             selected = positions if block is self.h[-1] and not self.per_row_layers else None
             if self.checkpoint and self.training:
                 x = checkpoint(block, x, rows, dropout, cache, selected, use_reentrant=False)
@@ -274,7 +282,7 @@ class GPT(nn.Module):
         return self.ln_f(x)[cache.inverse_order]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., V) in fp32; the head is the token embedding."""
+        """(..., C) -> (..., V) in fp32; the head is the token embedding (tied weights)."""
         return linear(hidden, self.wte.weight.to(hidden.dtype), None).float()
 
     def loss(self, batch: Batch) -> Tensor:
@@ -311,12 +319,13 @@ class GPT(nn.Module):
     @contextlib.contextmanager
     def constant_parameters(self) -> Iterator[None]:
         """While entered, parameters do not change, and layers keep what they derive from them."""
-        for layer in self.linear_layers():
+        layers = [] if is_sharded(self) else self.linear_layers()  # nothing can be derived from a part of a weight
+        for layer in layers:
             layer.set_constant(True)
         try:
             yield
         finally:
-            for layer in self.linear_layers():
+            for layer in layers:
                 layer.set_constant(False)
 
     def shared_copy(self) -> "GPT":

@@ -53,6 +53,7 @@ def pack_tokens(sequences: Sequence[list[int]], prompt_tokens: int, device: torc
     N is rounded up, see `padded_length`. The filler repeats the first token; nothing reads its result.
     """
     seqlens = [prompt_tokens + len(ids) for ids in sequences]
+    # attention rounds row lengths up, so the last row needs some tokens behind it
     filler = padded_length(seqlens, round_shapes) - sum(seqlens)
     tokens, row_ids, positions, cu_seqlens = [], [], [], [0]
     for row, ids in enumerate(sequences):
@@ -72,7 +73,8 @@ def pack_tokens(sequences: Sequence[list[int]], prompt_tokens: int, device: torc
 def pack(rows: Sequence[Row], prompt_tokens: int, device: torch.device, round_shapes: bool) -> Batch:
     """Rows as a batch for training or scoring. A row's last token is a target only: nothing follows it."""
     tokens, packed = pack_tokens([row.ids[:-1] for row in rows], prompt_tokens, device, round_shapes)
-    target_positions, targets, start = [], [], 0
+    target_positions, targets = [], []
+    start = 0  # of the row in the N tokens
     for row, seqlen in zip(rows, packed.seqlens, strict=True):
         for begin, end in row.spans:
             before = start + prompt_tokens + begin - 1  # the token before the span predicts its first token

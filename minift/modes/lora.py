@@ -61,9 +61,13 @@ class LoRALinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.unmerged_weight is not None:
             return super().forward(x)
+        return self.updated(x, self.bias)
+
+    def updated(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W + s B A)^T + bias, (..., in) -> (..., out)."""
         A, B = self.constant_AB or (self.lora_A, self.lora_B)
         dropout = self.dropout if self.training else 0.0
-        return lora_linear(x, self.weight, self.bias, A, B, self.scale, self.offsets, dropout, self.kernel)
+        return lora_linear(x, self.weight, bias, A, B, self.scale, self.offsets, dropout, self.kernel)
 
     def set_constant(self, constant: bool) -> None:
         dtype = self.weight.dtype

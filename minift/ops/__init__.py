@@ -1,7 +1,7 @@
 """Functions of tensors. Each file has a plain reference of at most ten lines, then a faster version of it.
 
-`train.py --ops plain` sets `plain`, and the whole program runs on the references. Use it to read what is
-computed, or to find out whether a bug is in a fast version. Losses agree up to rounding.
+`train.py --ops plain` sets `plain`, and the program runs on the references. Use it to step through the
+computation, or to find out whether a bug is in a fast version. Losses agree up to rounding.
 """
 
 from collections.abc import Callable

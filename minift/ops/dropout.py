@@ -1,17 +1,18 @@
-"""Dropout with a mask that depends on a seed alone. The backward pass draws the same mask again, so it is not
-stored, and every device and every tile of a Triton kernel draws the same bits.
+"""Dropout with a mask that depends on a seed alone. It is not stored: the backward pass draws it again, and every
+device and every tile of a Triton kernel draws the same bits.
+
+The fast version is `drop`. Functions with a backward pass of their own, in lora.py and attention.py, call it on
+their input, and again on its gradient.
 
 Letters in shape comments: M rows, K columns, W = ceil(K / 4) words of a row.
 """
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from minift import ops
 from minift.ops import register_op
 from minift.ops.kernel_choice import why_no_triton
 
@@ -27,41 +28,18 @@ MIX_2 = signed(0x94D049BB133111EB)
 
 
 def dropout_reference(x: Tensor, rate: float, seed: Tensor) -> Tensor:
-    """x (M, K) -> (M, K): x / (1 - rate), or 0 with probability `rate`. seed: 0-dim int64, on x's device."""
+    """x (M, K) -> (M, K): x / (1 - rate), or 0 with probability `rate`, in steps of 1/65,536.
+
+    seed: 0-dim int64, on x's device.
+    """
     (M, K), W = x.shape, math.ceil(x.shape[1] / 4)
-    # Four elements share a word of 64 random bits: the product of a number of its row and one of its column.
+    # Four elements share a word of 64 bits: the product of a random number of the row and one of the column.
     column_numbers, row_numbers = splitmix64(W + M, seed).split([W, M])
     words = row_numbers[:, None] * column_numbers  # (M, W)
     # Without this step the low bits of two rows would be related wherever their numbers end alike.
     words = (words ^ words >> 32) * MIX_1
     bits = words.view(torch.int16)[:, :K]  # (M, W) -> (M, 4 W) -> (M, K)
     return torch.where(bits > drop_threshold(rate), x, 0) / (1 - rate)
-
-
-def dropout(x: Tensor, rate: float, seed: Tensor | None) -> Tensor:
-    """x (M, K) -> (M, K): x / (1 - rate), or 0 with probability `rate`, in steps of 1/65,536.
-
-    seed: 0-dim int64, on x's device. It may be None if the rate is 0, which returns x itself.
-    """
-    if not rate:
-        return x
-    if ops.plain:
-        return dropout_reference(x, rate, seed)
-    return SeededDropout.apply(x, rate, seed)
-
-
-class SeededDropout(torch.autograd.Function):
-    """Keeps the seed, not the mask."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rate: float, seed: Tensor) -> Tensor:
-        ctx.args = rate, seed
-        return drop([x], rate, seed)[0] / (1 - rate)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rate, seed = ctx.args
-        return drop([dy], rate, seed)[0] / (1 - rate), None, None
 
 
 def drop_threshold(rate: float) -> int:

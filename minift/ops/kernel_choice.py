@@ -11,8 +11,8 @@ from minift.errors import UserError
 
 KERNELS = ("auto", "triton", "torch")
 # Where the Triton kernels were measured to beat PyTorch, forward and backward together:
-# {(GPU, dtype, K, N, parts, n, rank, with dropout): least number of tokens}, from
-# `python -m minift.bench kernels`. No GPU was measured yet, so `auto` is PyTorch everywhere.
+# {(GPU, dtype, K, N, parts, n, rank, with dropout): least number of tokens}. `python -m minift.bench kernels`
+# measures both. No GPU was measured yet, so `auto` is PyTorch everywhere.
 TRITON_WINS: dict[tuple[str, str, int, int, int, int, int, bool], int] = {}
 
 

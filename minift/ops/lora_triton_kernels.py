@@ -43,23 +43,26 @@ def shrink_kernel(
     """h = c drop(x) a^T."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BJ + tl.arange(0, BJ)
+    row_mask = rows < M
+    j_mask = j < J
     acc = tl.zeros((BM, BJ), tl.float32)
     if DROPOUT:
         row_numbers = splitmix64(seed, tl.cdiv(K, 4), rows)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
+        k_mask = k < K
         x_pointers = x + rows[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
-        x_tile = load(x_pointers, (rows < M)[:, None] & (k < K)[None, :], x)  # (BM, BK)
+        x_tile = load(x_pointers, row_mask[:, None] & k_mask[None, :], x)  # (BM, BK)
         if DROPOUT:
             column_numbers = splitmix64(seed, k0 // 4, tl.arange(0, BK // 4))
             keep = keep_tile(row_numbers, column_numbers, threshold, BM, BK)
             x_tile = tl.where(keep, x_tile, 0.0)
         a_pointers = a + k[:, None] * stride_ak + j[None, :] * stride_aj
-        a_tile = load(a_pointers, (k < K)[:, None] & (j < J)[None, :], x)  # (BK, BJ)
+        a_tile = load(a_pointers, k_mask[:, None] & j_mask[None, :], x)  # (BK, BJ)
         acc = tl.dot(x_tile, a_tile, acc, input_precision="ieee")
     h_pointers = h + rows[:, None] * stride_hm + j[None, :]
-    inside = (rows < M)[:, None] & (j < J)[None, :]
-    tl.store(h_pointers, (acc * c).to(h.dtype.element_ty), inside)
+    h_tile = (acc * c).to(h.dtype.element_ty)
+    tl.store(h_pointers, h_tile, row_mask[:, None] & j_mask[None, :])
 
 
 @triton.jit
@@ -76,16 +79,18 @@ def add_update(
 ):
     """acc + h_p b_p^T for every part p of which some of the n columns, from OFFSETS[p] on, are in this tile.
     `first` is the tile's first column."""
+    row_mask = rows < M
     for p in tl.static_range(len(OFFSETS)):
         local = columns - OFFSETS[p]  # counted in the part
-        in_part = (local >= 0) & (local < n)
+        local_mask = (local >= 0) & (local < n)
         if (first < OFFSETS[p] + n) & (first + BN > OFFSETS[p]):
             for r0 in range(0, R, BR):
                 r = r0 + tl.arange(0, BR)
+                r_mask = r < R
                 h_pointers = h + rows[:, None] * (len(OFFSETS) * R) + (p * R + r)[None, :]
-                h_tile = load(h_pointers, (rows < M)[:, None] & (r < R)[None, :], like)  # (BM, BR)
+                h_tile = load(h_pointers, row_mask[:, None] & r_mask[None, :], like)  # (BM, BR)
                 b_pointers = b + r[:, None] * stride_br + (p * n + local)[None, :] * stride_bn
-                b_tile = load(b_pointers, (r < R)[:, None] & in_part[None, :], like)  # (BR, BN)
+                b_tile = load(b_pointers, r_mask[:, None] & local_mask[None, :], like)  # (BR, BN)
                 acc = tl.dot(h_tile, b_tile, acc, input_precision="ieee")
     return acc
 
@@ -116,6 +121,8 @@ def gemm_kernel(
     rows = (band * GROUP + in_band % height).to(tl.int64) * BM + tl.arange(0, BM)
     first = in_band // height * BN
     columns = first + tl.arange(0, BN)
+    row_mask = rows < M
+    column_mask = columns < N
     acc = tl.zeros((BM, BN), tl.float32)
     if DROPOUT:  # before the loop: a masked product after it would need registers for a second accumulator
         acc = add_update(acc, h, b, x, rows, columns, first, M, n, stride_bn, stride_br, OFFSETS, R, BN, BR)
@@ -125,18 +132,20 @@ def gemm_kernel(
         acc = tl.where(keep, acc, 0.0)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
+        k_mask = k < K
         x_pointers = x + rows[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
-        x_tile = load(x_pointers, (rows < M)[:, None] & (k < K)[None, :], x)  # (BM, BK)
+        x_tile = load(x_pointers, row_mask[:, None] & k_mask[None, :], x)  # (BM, BK)
         w_pointers = w + k.to(tl.int64)[:, None] * stride_wk + columns.to(tl.int64)[None, :] * stride_wn
-        w_tile = load(w_pointers, (k < K)[:, None] & (columns < N)[None, :], x)  # (BK, BN)
+        w_tile = load(w_pointers, k_mask[:, None] & column_mask[None, :], x)  # (BK, BN)
         acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
-    if not DROPOUT:  # after the loop: before it, its tiles and the loop's would share the memory
+    if not DROPOUT:  # after the loop: before it, its tiles and the loop's would be in memory together
         acc = add_update(acc, h, b, x, rows, columns, first, M, n, stride_bn, stride_br, OFFSETS, R, BN, BR)
     if BIAS:
-        acc += tl.load(bias + columns, columns < N, other=0.0).to(tl.float32)[None, :]
+        bias_tile = tl.load(bias + columns, column_mask, other=0.0)
+        acc += bias_tile.to(tl.float32)[None, :]
     y_pointers = y + rows[:, None] * N + columns[None, :]
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    tl.store(y_pointers, acc.to(y.dtype.element_ty), inside)
+    y_tile = acc.to(y.dtype.element_ty)
+    tl.store(y_pointers, y_tile, row_mask[:, None] & column_mask[None, :])
 
 
 @triton.jit
@@ -161,22 +170,27 @@ def expand_kernel(
     offset = 0
     for i in tl.static_range(P):
         offset = tl.where(p == i, OFFSETS[i], offset)
+    row_mask = rows < M
+    r_mask = r < R
     h_offsets = rows[:, None] * (P * R) + (p * R + r)[None, :]  # in g too
-    inside_h = (rows < M)[:, None] & (r < R)[None, :]
-    h_tile = load(h + h_offsets, inside_h, dy)  # (BM, BR)
+    h_mask = row_mask[:, None] & r_mask[None, :]
+    h_tile = load(h + h_offsets, h_mask, dy)  # (BM, BR)
     acc = tl.zeros((BM, BR), tl.float32)
     for n0 in range(0, n, BN):
         local = n0 + tl.arange(0, BN)
-        dy_pointers = dy + rows[:, None] * stride_dm + (offset + local).to(tl.int64)[None, :] * stride_dn
-        dy_tile = load(dy_pointers, (rows < M)[:, None] & (local < n)[None, :], dy)  # (BM, BN)
-        inside_b = (local < n)[:, None] & (r < R)[None, :]
+        local_mask = local < n
+        columns = (offset + local).to(tl.int64)
+        dy_pointers = dy + rows[:, None] * stride_dm + columns[None, :] * stride_dn
+        dy_tile = load(dy_pointers, row_mask[:, None] & local_mask[None, :], dy)  # (BM, BN)
+        b_mask = local_mask[:, None] & r_mask[None, :]
         b_pointers = b + (p * n + local)[:, None] * stride_bn + r[None, :] * stride_br
-        b_tile = load(b_pointers, inside_b, dy)  # (BN, BR)
+        b_tile = load(b_pointers, b_mask, dy)  # (BN, BR)
         acc = tl.dot(dy_tile, b_tile, acc, input_precision="ieee")
         db_tile = tl.dot(tl.trans(dy_tile), h_tile, input_precision="ieee")  # (BN, BR)
         db_rows = (tl.program_id(0).to(tl.int64) * P + p) * n + local
-        tl.store(db + db_rows[:, None] * R + r[None, :], db_tile, inside_b)
-    tl.store(g + h_offsets, (acc * c).to(g.dtype.element_ty), inside_h)
+        tl.store(db + db_rows[:, None] * R + r[None, :], db_tile, b_mask)
+    g_tile = (acc * c).to(g.dtype.element_ty)
+    tl.store(g + h_offsets, g_tile, h_mask)
 
 
 @triton.jit
@@ -197,20 +211,23 @@ def outer_kernel(
     first = tl.program_id(0) * BK
     k = first + tl.arange(0, BK)
     j = tl.program_id(2) * BJ + tl.arange(0, BJ)
+    k_mask = k < K
+    j_mask = j < J
     acc = tl.zeros((BK, BJ), tl.float32)
     if DROPOUT:
         column_numbers = splitmix64(seed, first // 4, tl.arange(0, BK // 4))
     for m0 in range(0, CHUNK, BM):
         rows = tl.program_id(1).to(tl.int64) * CHUNK + m0 + tl.arange(0, BM)
+        row_mask = rows < M
         x_pointers = x + rows[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
-        x_tile = load(x_pointers, (rows < M)[:, None] & (k < K)[None, :], x)  # (BM, BK)
+        x_tile = load(x_pointers, row_mask[:, None] & k_mask[None, :], x)  # (BM, BK)
         if DROPOUT:
             row_numbers = splitmix64(seed, tl.cdiv(K, 4), rows)
             keep = keep_tile(row_numbers, column_numbers, threshold, BM, BK)
             x_tile = tl.where(keep, x_tile, 0.0)
         g_pointers = g + rows[:, None] * stride_gm + j[None, :]
-        g_tile = load(g_pointers, (rows < M)[:, None] & (j < J)[None, :], x)  # (BM, BJ)
+        g_tile = load(g_pointers, row_mask[:, None] & j_mask[None, :], x)  # (BM, BJ)
         acc = tl.dot(tl.trans(x_tile), g_tile, acc, input_precision="ieee")
     da_rows = (tl.program_id(1) * J + j).to(tl.int64)
     da_pointers = da + da_rows[None, :] * K + k[:, None]
-    tl.store(da_pointers, acc, (k < K)[:, None] & (j < J)[None, :])
+    tl.store(da_pointers, acc, k_mask[:, None] & j_mask[None, :])

@@ -4,30 +4,19 @@ m (out,) and LoRA's A and B train. |V| is the norm of each output's row; it coun
 pass (section 4.3).
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from minift.model.gpt import GPT
 from minift.modes import lora
 from minift.modes.mode import Mode
-from minift.ops.lora import lora_linear
-from minift.options import option
-
-
-@dataclass(frozen=True)
-class Options:
-    rank: int = option(8, "rank of the update", least=1)
-    alpha: float = option(16.0, "the update is scaled by alpha / rank", above=0)
-    targets: str = option("all", "as for mode lora")
 
 
 class DoRALinear(lora.LoRALinear):
     """LoRALinear with a learned magnitude for each output. The outputs without an update keep theirs."""
 
-    def __init__(self, target: lora.Target):
-        super().__init__(target.layer, target.rank, target.scale, 0.0, target.offsets, target.part_size)
+    def __init__(self, target: lora.Target, dropout: float):
+        super().__init__(target.layer, target.rank, target.scale, dropout, target.offsets, target.part_size)
         self.magnitude = nn.Parameter(self.norm())  # so that it starts at the base exactly
         self.constant_factor: Tensor | None = None
 
@@ -45,16 +34,13 @@ class DoRALinear(lora.LoRALinear):
         factor = self.constant_factor
         if factor is None:
             factor = self.magnitude / self.norm()  # (out,)
-        A, B = self.constant_AB or (self.lora_A, self.lora_B)
-        y = lora_linear(x, self.weight, None, A, B, self.scale, self.offsets, 0.0, self.kernel)
-        return y * factor.to(x.dtype) + self.bias.to(x.dtype)
+        return self.updated(x, bias=None) * factor.to(x.dtype) + self.bias.to(x.dtype)
 
 
-def apply(model: GPT, options: Options) -> None:
+def apply(model: GPT, options: lora.Options) -> None:
     """Replace the target layers by DoRALinear. Raises UserError for unknown targets."""
-    lora_options = lora.Options(options.rank, options.alpha, targets=options.targets)
-    for target in lora.target_layers(model, lora_options):
-        lora.replace_layer(model, target, DoRALinear(target))
+    for target in lora.target_layers(model, options):
+        lora.replace_layer(model, target, DoRALinear(target, options.dropout))
 
 
 @torch.no_grad()
@@ -67,4 +53,4 @@ def merge(model: GPT) -> None:
         layer.magnitude.copy_(layer.norm())
 
 
-MODE = Mode("dora", Options, apply, lr=1e-3, embedded_lr=7e-3, merge=merge, uses_kernel=True)
+MODE = Mode("dora", lora.Options, apply, lr=1e-3, embedded_lr=7e-3, merge=merge, uses_kernel=True)

@@ -1,0 +1,50 @@
+"""The run's template around the text of eval.py --prompt."""
+
+import sys
+from typing import Any
+
+from minift.data.dataset import DataOptions, read_layout
+from minift.data.layouts import AnyLayout, ChatLayout, TextLayout
+from minift.data.templates import fill, used_fields
+from minift.errors import UserError
+
+
+def find_run_layout(data: DataOptions) -> tuple[AnyLayout | None, str]:
+    """How the run's rows became prompts; or None, and the reason why that is not known, such as data that is not there
+    any more. Raises UserError for a wrong --template."""
+    if data.template is not None or data.prompt_field:
+        return read_layout(data), ""  # from the flags alone
+    try:
+        return read_layout(data), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def read_prompt(text: str) -> str:
+    """The text of --prompt; "-" is standard input. Raises UserError."""
+    if text != "-":
+        return text
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt -: standard input is not UTF-8 text: {error}") from None
+
+
+def apply_template(data: DataOptions, text: str) -> tuple[str, str]:
+    """A prompt as the run's rows have it, and a line that says whether the template was applied. It is applied if
+    one field is enough for it."""
+    layout, reason = find_run_layout(data)
+    if layout is None:
+        return text, f"the prompt is taken as it is: the run's template is not known, {reason}"
+    if isinstance(layout, TextLayout):
+        return text, "the prompt is taken as it is: the run learned texts without a template"
+    if isinstance(layout, ChatLayout):
+        fields: dict[str, Any] = {layout.needed[0]: [{"role": "user", "content": text}]}
+        text, _ = layout.prompt_of(fields)
+        return text, "the prompt is the user's turn of a chat, as in the run's rows (--raw takes it as it is)"
+    names = layout.needed or used_fields(layout.prompt)
+    if len(names) > 1:
+        return text, (f"the prompt is taken as it is: the run's template {layout.template!r} has the fields "
+                      f"{', '.join(names)}, and --prompt gives one; --predict takes rows with all of them")
+    line = f"the prompt is {names[0]} in the run's template {layout.template!r} (--raw takes it as it is)"
+    return fill(layout.prompt, {names[0]: text}), line
