@@ -42,6 +42,7 @@ class EvalOptions:
                                        "(default: the run's)")
     shown: int = option(3, "how many completions to show", least=0)
     batch: int = option(16, "rows in a forward pass", least=1)
+    eos: str | None = option(None, "the token that ends every row, its text or its number (default: the run's)")
     prompt: str | None = option(None, "continue this text, in the run's template if that has one field; - reads it "
                                       "from standard input")
     raw: bool = option(False, "with --prompt: continue the text as it is, without the run's template")
@@ -156,14 +157,15 @@ def resolve_data(args: Any, first: Config | None) -> DataOptions:
 
 
 def resolve_decoding(args: Any, first: Config | None) -> Decoding:
-    of_run = {} if first is None else {"max_new_tokens": (first.train.max_new_tokens, "run")}
-    return resolve(Decoding, args, of_run)[0]
+    limit = None if first is None else first.train.max_new_tokens
+    return resolve(Decoding, args, {} if limit is None else {"max_new_tokens": (limit, "run")})[0]
 
 
 def load_base(options: EvalOptions, first: Config | None, folders: list[Path]) -> Base:
     if options.model is None and first is None:
         raise UserError(f"{folders[0]} is a PEFT folder, which does not hold its base: give --model")
-    return weights.load(options.model or first.train.model)
+    base = weights.load(options.model or first.train.model)
+    return weights.with_eos(base, options.eos or (first and first.train.eos))
 
 
 def load_tuned(base: Base, folder: Path, config: Config | None) -> tuple[GPT, str]:
@@ -202,7 +204,7 @@ def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | No
     reserved = max(model.prompt_tokens for model, _ in tuned.values())
     room = base.model.config.n_positions - reserved
     seed = first.train.seed if first else TrainOptions.seed
-    rows, lines = dataset.load_examples(data, seed, base.tokenizer, base.eos_token_id, room,
+    rows, lines = dataset.load_examples(data, seed, base.tokenizer, weights.required_eos(base), room,
                                         {"test": options.test_rows})
     examples = rows["test"]
     if not examples:
