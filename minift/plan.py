@@ -179,12 +179,13 @@ def report(configs: list[Config]) -> str:
     """The text of train.py --plan: the planned step and a row for each mode. Raises UserError."""
     options, data = configs[0].train, configs[0].data  # all modes of a comparison share them, but for lr and decay
     device = choose_device(options.device)
-    base = weights.load_on_meta(options.model)
+    base = weights.with_eos(weights.load_on_meta(options.model), options.eos)
     models = [build_on_meta(base, config) for config in configs]
     # all modes train on the same rows, so the mode with the most reserved positions limits their length
     max_tokens = base.model.config.n_positions - max(model.prompt_tokens for model in models)
     if data.data and base.tokenizer is not None:
-        rows, _ = load_examples(data, options.seed, base.tokenizer, base.eos_token_id, max_tokens, {"train": None})
+        rows, _ = load_examples(data, options.seed, base.tokenizer, weights.required_eos(base), max_tokens,
+                                {"train": None})
         batch = largest_batch(rows["train"], options)
         origin = f"the largest batch of {data.data}"
     else:

@@ -1,5 +1,6 @@
-"""The parts of a training run that train.py, the plan and the benchmarks share: from a configuration to a model and an
-optimizer, the order of the rows, the learning rate, and one optimizer step."""
+"""The parts of a training run: from a configuration to a model and an optimizer, the learning rate, the order of the
+rows, one optimizer step, and the start, validation and resume of a run. The plan and the benchmarks use some of them.
+"""
 
 import contextlib
 import itertools
@@ -11,19 +12,24 @@ import torch
 from torch import nn
 
 from minift import modes
-from minift.data.dataset import batches, file_batches
+from minift.data.dataset import Example, batches, file_batches
 from minift.device import choose_device, choose_dtype
 from minift.distributed import WORLD_SIZE, full_tensor, local_rows, to_device
 from minift.errors import UserError
-from minift.files.checkpoint import LAST
+from minift.files import checkpoint
+from minift.files.checkpoint import LAST, TUNED, Progress
 from minift.files.weights import Base
 from minift.model.gpt import GPT
 from minift.model.packing import Row
 from minift.ops.kernel_choice import check_kernel
+from minift.report import metrics
 from minift.run.config import Config, TrainOptions
+from minift.run.extend import how_to_extend, resumable, undo_early_stop
 
 MicroBatches = list[Sequence[Row]]  # the rows of an optimizer step, one batch for each forward pass
 
+
+# ---- the model and its optimizer
 
 def apply_config(model: GPT, config: Config) -> None:
     """Turn a copy of the base into the model that a run trains, in place."""
@@ -48,9 +54,10 @@ def build_on_meta(base: Base, config: Config) -> GPT:
         modes.check_tuned(model, config.adapter.tensors, config.adapter.source)
     # the predictions at the end of a run need at least one token to start from
     free_positions = model.config.n_positions - model.prompt_tokens
-    if config.train.max_new_tokens >= free_positions:
-        raise UserError(f"--max-new-tokens {config.train.max_new_tokens} leaves no room for a prompt in the "
-                        f"{free_positions} positions of the model: lower it")
+    new_tokens = config.train.max_new_tokens
+    if new_tokens is not None and new_tokens >= free_positions:
+        raise UserError(f"--max-new-tokens {new_tokens} leaves no room for a prompt in the {free_positions} positions "
+                        "of the model: lower it")
     return model
 
 
@@ -95,6 +102,8 @@ def make_optimizer(model: GPT, lr: float, weight_decay: float) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=lr, fused=fused)
 
 
+# ---- the steps
+
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
     """The learning rate of a step, where 0 is the first step and `steps` their number: linear warm-up to options.lr,
     then constant, or down to 0 on a line or half a cosine."""
@@ -107,6 +116,13 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
     if options.schedule == "linear":
         return options.lr * (1 - done)
     return options.lr * ((1 + math.cos(math.pi * done)) / 2)
+
+
+def describe_extension(config: Config, done: int, steps: int) -> str:
+    """The line for a run that continues after `done` steps with another number of steps or another patience."""
+    options = config.train
+    return (f"{config.mode}: continues after step {done}, up to step {steps}; the {options.schedule} schedule covers "
+            f"all {steps} steps, so the learning rate is now {learning_rate(done, steps, options):.1e}")
 
 
 def steps_per_epoch(num_rows: int, options: TrainOptions) -> int:
@@ -172,6 +188,79 @@ def train_step(model: GPT, micro_batches: MicroBatches, clip: float,
     tuned = modes.tuned_parameters(model).values()
     grad_norm = nn.utils.clip_grad_norm_(tuned, clip or math.inf)  # inf: only compute the norm
     return loss_sum, grad_norm.item()
+
+
+# ---- the state of a run
+
+def run_metadata(config: Config, base: Base, rows: dict[str, list[Example]]) -> dict[str, str]:
+    """The metadata of a run's files, which must agree when it resumes: base, mode, options and rows."""
+    base_metadata = checkpoint.base_metadata(base.fingerprint, config.mode, config.mode_options, base.name)
+    training_metadata = checkpoint.training_metadata(config.train, rows, ignored=config.resume_changes)
+    return checkpoint.run_metadata(base_metadata, training_metadata)
+
+
+def init_or_resume(model: GPT, config: Config, rows: dict[str, list[Example]], folder: Path, metadata: dict[str, str],
+                   optimizer: torch.optim.Optimizer) -> Progress:
+    """The progress of a new run, or of the run in `folder` that resumes, whose model and optimizer are loaded."""
+    options = config.train
+    if not options.resume or not checkpoint.has_saved(folder):
+        # saved before the first step, so that a run can resume wherever it ends
+        checkpoint.save_last(folder, model, metadata, optimizer, Progress())
+        return Progress()
+    progress = checkpoint.load_last(folder, model, metadata, optimizer)
+    if config.extended and progress.early_stopped:
+        undo_early_stop(progress, options.patience)
+        checkpoint.save_last(folder, model, metadata, optimizer, progress)
+    # the best parameters are in another file; if it is lost, the current ones are the best that are left
+    has_best = progress.best_step or progress.best_val_loss < math.inf  # a run of an earlier version has no step 0
+    if progress.step and has_best and not checkpoint.best_is_intact(folder, metadata):
+        print(f"{folder / TUNED} is missing or damaged: the best parameters, of step {progress.best_step}, are lost; "
+              f"those of step {progress.step} replace them")
+        progress.best_val_loss = progress.best_after_start = math.inf
+        validate(model, rows["val"], options, folder, metadata, progress)
+    steps = total_steps(len(rows["train"]), options)
+    if progress.step >= steps or progress.early_stopped:
+        print(how_to_extend(config, resumable(config, folder)))
+    elif config.extended:
+        print(describe_extension(config, progress.step, steps))
+    return progress
+
+
+def validate(model: GPT, val_rows: list[Example], options: TrainOptions, folder: Path, metadata: dict[str, str],
+             progress: Progress) -> float | None:
+    """The validation loss in nats per target. Saves the parameters if the loss is the best so far, and decides on early
+    stopping. Without validation rows there is no loss (None), and the latest parameters are saved."""
+    val_loss = metrics.measure_losses(model, val_rows, options.batch)["loss"] if val_rows else None
+    if val_loss is not None and not math.isfinite(val_loss):
+        raise UserError(f"step {progress.step}: the validation loss is {val_loss}; the files in {folder} are from "
+                        "before and intact: lower --lr")
+    # the training loss is a mean over the steps since the last validation
+    if progress.window_steps:
+        progress.train_loss = progress.window_loss / progress.window_steps
+    progress.window_loss, progress.window_steps = 0.0, 0
+    if val_loss is None or val_loss < progress.best_val_loss:
+        progress.best_step = progress.step
+        progress.best_val_loss = math.inf if val_loss is None else val_loss
+        checkpoint.save_tuned(folder, model, metadata, progress)
+    if val_loss is not None and progress.step > 0:
+        # Early stopping does not count the loss of the start: a run may be worse while the learning rate is high, and
+        # better at the end.
+        progress.evals_since_best += 1
+        if val_loss < progress.best_after_start:
+            progress.best_after_start, progress.evals_since_best = val_loss, 0
+        progress.early_stopped = 0 < options.patience <= progress.evals_since_best
+    return val_loss
+
+
+def status(mode: str, progress: Progress, steps: int, val_loss: float | None, lr: float = 0.0) -> str:
+    """The line printed after a validation."""
+    line = f"{mode} step {progress.step}/{steps}"
+    val = "" if val_loss is None else f"  val {val_loss:.4f}"
+    if progress.step == 0:
+        return f"{line}{val}  the start"
+    best = "  best" if val and progress.best_step == progress.step else ""
+    speed = progress.tokens / progress.seconds
+    return f"{line}  train {progress.train_loss:.4f}{val}  lr {lr:.1e}  {speed:,.0f} tokens/s{best}"
 
 
 def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, step: int, folder: Path) -> UserError:

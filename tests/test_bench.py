@@ -7,9 +7,10 @@ import pytest
 import torch
 from scripts import run
 
-from minift.bench import ceilings, decode, layers
+from minift.bench import ceilings, layers
 from minift.bench import train as bench_train
 from minift.bench.__main__ import main
+from minift.files.hub import PRESETS, Preset
 from minift.model.gpt import GPTConfig
 from minift.modes import MODES
 from minift.ops.lora import lora_linear
@@ -20,9 +21,8 @@ ON_CPU = ("--dtype", "fp32", "--device", "cpu")
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """distilgpt2 with the shape of a toy."""
-    for module in (bench_train, decode):
-        shape = GPTConfig(vocab_size=97, n_positions=96, n_embd=24, n_layer=2, n_head=3, eos_token_id=96)
-        monkeypatch.setitem(module.SIZES, "distilgpt2", shape)
+    shape = GPTConfig(vocab_size=97, n_positions=96, n_embd=24, n_layer=2, n_head=3, eos_token_id=96)
+    monkeypatch.setitem(PRESETS, "distilgpt2", Preset(shape, None))
 
 
 def result_of(*arguments: str) -> tuple[str, dict[str, Any]]:
