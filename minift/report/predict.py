@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minift.data.chats import between
-from minift.data.dataset import DataOptions, prompt_pieces, start_tokens, tokenize
+from minift.data.dataset import DataOptions, prompt_pieces, start_tokens, tokenize_rows
 from minift.data.layouts import AnyLayout, Layout
 from minift.data.pairs import Prompt
 from minift.errors import UserError
@@ -73,15 +73,12 @@ class Predictor:
 
     def encode(self, prompts: list[Prompt], source: Path, room: int) -> list[list[int]]:
         """The tokens of prompts as in training. A prompt of more than `room` tokens loses its beginning."""
-        tokenizer, control_tokens = self.base.tokenizer, self.data.control_tokens
+        tokenizer = self.base.tokenizer
         start = start_tokens(tokenizer)
         pieces = [[text for text, _ in prompt_pieces(prompt.text, prompt.learned)] for prompt in prompts]
-        firsts = tokenize(tokenizer, [row[0] for row in pieces], control_tokens)
-        others = iter(tokenize(tokenizer, [text for row in pieces for text in row[1:]], control_tokens, True))
         encoded = []
-        for prompt, row, ids in zip(prompts, pieces, firsts, strict=True):
-            for _ in row[1:]:
-                ids = ids + next(others)
+        for prompt, row in zip(prompts, tokenize_rows(tokenizer, pieces, self.data.control_tokens), strict=True):
+            ids = [i for piece in row for i in piece]
             if not ids:
                 raise UserError(f"{source.with_name(prompt.where)}: the prompt has no tokens: mend or remove the row")
             dropped = max(0, len(start) + len(ids) - room)
