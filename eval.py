@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minift import modes, ops
-from minift.data import dataset
+from minift.data import dataset, tokens
 from minift.data.dataset import DataOptions, Example
 from minift.device import DEVICES, DTYPES, choose_device, choose_dtype, configure_process
 from minift.distributed import WORLD_SIZE, processes
@@ -191,7 +191,7 @@ def print_continuations(base: Base, tuned: dict[Path, tuple[GPT, str]], options:
     text, line = read_prompt(options.prompt), ""
     if not options.raw:
         text, line = apply_template(data, text)
-    ids = dataset.start_tokens(base.tokenizer) + dataset.tokenize(base.tokenizer, [text], data.control_tokens)[0]
+    ids = tokens.start_tokens(base.tokenizer) + tokens.tokenize(base.tokenizer, [text], data.control_tokens)[0]
     models = {str(folder): model for folder, (model, _) in tuned.items()}
     if len(models) > 1:
         models = {"base": base.model, **models}

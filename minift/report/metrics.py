@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from minift.data.dataset import Example, read_text
+from minift.data.dataset import read_text
+from minift.data.tokens import Example
 from minift.distributed import all_sum, local_rows, reshard
 from minift.errors import UserError
 from minift.model.generate import generate

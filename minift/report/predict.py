@@ -14,9 +14,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minift.data.chats import between
-from minift.data.dataset import DataOptions, prompt_pieces, start_tokens, tokenize_rows
+from minift.data.dataset import DataOptions
 from minift.data.layouts import AnyLayout, Layout
 from minift.data.pairs import Prompt
+from minift.data.tokens import prompt_pieces, start_tokens, tokenize_rows
 from minift.errors import UserError
 from minift.files.weights import Base
 from minift.model.generate import generate

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from minift.data.dataset import Example
+from minift.data.tokens import Example
 from minift.report.metrics import limit_report
 from minift.report.table import cell, format_bytes
 
