@@ -11,25 +11,24 @@
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from minift import modes, ops
-from minift.data import dataset, tokens
-from minift.data.dataset import DataOptions, Example
+from minift.data import dataset
+from minift.data.dataset import DataOptions
+from minift.data.tokens import Example
 from minift.device import DEVICES, DTYPES, choose_device, choose_dtype, configure_process
 from minift.distributed import WORLD_SIZE, processes
 from minift.errors import UserError, run_script
 from minift.files import checkpoint, peft, weights
 from minift.files.weights import Base
-from minift.model.generate import generate
 from minift.model.gpt import GPT
 from minift.options import Parser, add_options, flag, option, resolve
 from minift.report import compare, metrics
 from minift.report.predict import Decoding, PredictOptions, Predictor, predict
-from minift.report.prompt import apply_template, find_run_layout, read_prompt
+from minift.report.prompt import find_run_layout, print_continuations
 from minift.report.table import table
 from minift.run import config as configuration
 from minift.run.config import Config, TrainOptions
@@ -44,6 +43,7 @@ class EvalOptions:
                                        "(default: the run's)")
     shown: int = option(3, "how many completions to show", least=0)
     batch: int = option(16, "rows in a forward pass", least=1)
+    eos: str | None = option(None, "the token that ends every row, its text or its number (default: the run's)")
     prompt: str | None = option(None, "continue this text, in the run's template if that has one field; - reads it "
                                       "from standard input")
     raw: bool = option(False, "with --prompt: continue the text as it is, without the run's template")
@@ -69,6 +69,54 @@ WITHOUT_PREDICT = ("prompt", "describe", "save", "save_peft", "json", "data", "s
 def main(arguments: list[str]) -> None:
     if WORLD_SIZE > 1:
         raise UserError("eval.py is one process: python eval.py ..., without torchrun")
+    # options: three groups of flags say what to do; the flags of the data default to the run's
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if args.compare:
+        print(compare.compare_runs([Path(run) for run in args.compare]))
+        return
+    options, _ = resolve(EvalOptions, args, {})
+    predicting, _ = resolve(PredictOptions, args, {})
+    folders = list(dict.fromkeys(Path(name) for name in (args.run, *args.adapter) if name is not None))
+    if not folders:
+        parser.error("which run? give its folder, or --adapter DIR once or more")
+    check_flags(options, predicting, args, folders)
+    ops.plain = options.ops == "plain"
+    configure_process()
+
+    # a PEFT folder has no configuration: the first run's says which base and rows
+    configs = {folder: None if peft.is_folder(folder) else configuration.load(folder) for folder in folders}
+    first = next((config for config in configs.values() if config is not None), None)
+    data, decoding = resolve_data(args, first), resolve_decoding(args, first)
+
+    # the base, and the tuned models on its weights
+    base = load_base(options, first, folders)
+    if options.save or options.save_peft:
+        save(base, folders[0], configs[folders[0]], options)
+        return
+    base.model.set_compute_dtype(choose_dtype(options.dtype, choose_device(options.device)))
+    base.model.to(choose_device(options.device))
+    if base.tokenizer is None:
+        raise UserError(f"{base.folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, there")
+    tuned = {folder: load_tuned(base, folder, configs[folder]) for folder in folders}
+
+    # texts, descriptions or, without a flag, scores
+    if predicting.predict is not None:
+        model, _ = tuned[folders[0]]
+        run_layout, _ = find_run_layout(data)
+        predict(Predictor(model, base, data, decoding, options.batch), predicting, run_layout)
+        return
+    if options.prompt is not None:
+        models = {str(folder): model for folder, (model, _) in tuned.items()}
+        print_continuations(base, models, options.prompt, options.raw, data, decoding)
+    if options.describe:
+        for model, mode in tuned.values():
+            print("\n".join(modes.describe(model, mode, base.tokenizer)))
+    if options.prompt is None and not options.describe:
+        score_all(base, tuned, first, options, data, decoding)
+
+
+def make_parser() -> Parser:
     parser = Parser(prog="eval.py", description=__doc__)
     parser.add_argument("run", nargs="?", help="the folder of a run, or a PEFT folder")
     parser.add_argument("--adapter", action="append", default=[], metavar="DIR",
@@ -79,44 +127,7 @@ def main(arguments: list[str]) -> None:
     add_options(parser, "predictions for new rows", PredictOptions)
     add_options(parser, "generated texts; all but the first with --prompt or --predict", Decoding)
     add_options(parser, "data, by default as the run has it", DataOptions)
-    args = parser.parse_args(arguments)
-    if args.compare:
-        print(compare.compare_runs([Path(run) for run in args.compare]))
-        return
-    options, _ = resolve(EvalOptions, args, {})
-    folders = list(dict.fromkeys(Path(name) for name in (args.run, *args.adapter) if name is not None))
-    if not folders:
-        parser.error("which run? give its folder, or --adapter DIR once or more")
-    predicting, _ = resolve(PredictOptions, args, {})
-    check_flags(options, predicting, args, folders)
-    ops.plain = options.ops == "plain"
-    configure_process()
-
-    # a PEFT folder has no configuration: the first run's says which base and rows
-    configs = {folder: None if peft.is_folder(folder) else configuration.load(folder) for folder in folders}
-    first = next((config for config in configs.values() if config is not None), None)
-    data, decoding = resolve_data(args, first), resolve_decoding(args, first)
-    base = load_base(options, first, folders)
-    if options.save or options.save_peft:
-        save(base, folders[0], configs[folders[0]], options)
-        return
-    base.model.set_compute_dtype(choose_dtype(options.dtype, choose_device(options.device)))
-    base.model.to(choose_device(options.device))
-    if base.tokenizer is None:
-        raise UserError(f"{base.folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, there")
-    tuned = {folder: load_tuned(base, folder, configs[folder]) for folder in folders}
-    if predicting.predict is not None:
-        model, _ = tuned[folders[0]]
-        run_layout, _ = find_run_layout(data)
-        predict(Predictor(model, base, data, decoding, options.batch), predicting, run_layout)
-        return
-    if options.prompt is not None:
-        print_continuations(base, tuned, options, data, decoding)
-    if options.describe:
-        for model, mode in tuned.values():
-            print("\n".join(modes.describe(model, mode, base.tokenizer)))
-    if options.prompt is None and not options.describe:
-        score_all(base, tuned, first, options, data, decoding)
+    return parser
 
 
 def check_flags(options: EvalOptions, predicting: PredictOptions, args: Any, folders: list[Path]) -> None:
@@ -147,14 +158,15 @@ def resolve_data(args: Any, first: Config | None) -> DataOptions:
 
 
 def resolve_decoding(args: Any, first: Config | None) -> Decoding:
-    of_run = {} if first is None else {"max_new_tokens": (first.train.max_new_tokens, "run")}
-    return resolve(Decoding, args, of_run)[0]
+    limit = None if first is None else first.train.max_new_tokens
+    return resolve(Decoding, args, {} if limit is None else {"max_new_tokens": (limit, "run")})[0]
 
 
 def load_base(options: EvalOptions, first: Config | None, folders: list[Path]) -> Base:
     if options.model is None and first is None:
         raise UserError(f"{folders[0]} is a PEFT folder, which does not hold its base: give --model")
-    return weights.load(options.model or first.train.model)
+    base = weights.load(options.model or first.train.model)
+    return weights.with_eos(base, options.eos or (first and first.train.eos))
 
 
 def load_tuned(base: Base, folder: Path, config: Config | None) -> tuple[GPT, str]:
@@ -185,26 +197,6 @@ def save(base: Base, folder: Path, config: Config | None, options: EvalOptions) 
         print(f"{options.save}: {mode} of {folder} as a Hugging Face folder")
 
 
-def print_continuations(base: Base, tuned: dict[Path, tuple[GPT, str]], options: EvalOptions,
-                        data: DataOptions, decoding: Decoding) -> None:
-    """The continuation of --prompt; with several folders the base's too, each behind its name."""
-    text, line = read_prompt(options.prompt), ""
-    if not options.raw:
-        text, line = apply_template(data, text)
-    ids = tokens.start_tokens(base.tokenizer) + tokens.tokenize(base.tokenizer, [text], data.control_tokens)[0]
-    models = {str(folder): model for folder, (model, _) in tuned.items()}
-    if len(models) > 1:
-        models = {"base": base.model, **models}
-    continuations = {}
-    for name, model in models.items():
-        new = generate(model, [ids], stop=base.eos_token_id, **asdict(decoding))
-        continuations[name] = base.tokenizer.decode(new[0])
-    if line:
-        print(line, file=sys.stderr)
-    for name, continuation in continuations.items():
-        print(f"{name}: {continuation}" if len(models) > 1 else continuation)
-
-
 def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | None, options: EvalOptions,
               data: DataOptions, decoding: Decoding) -> None:
     """The default job: score base and tuned models on the same test rows."""
@@ -213,7 +205,7 @@ def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | No
     reserved = max(model.prompt_tokens for model, _ in tuned.values())
     room = base.model.config.n_positions - reserved
     seed = first.train.seed if first else TrainOptions.seed
-    rows, lines = dataset.load_examples(data, seed, base.tokenizer, base.eos_token_id, room,
+    rows, lines = dataset.load_examples(data, seed, base.tokenizer, weights.required_eos(base), room,
                                         {"test": options.test_rows})
     examples = rows["test"]
     if not examples:

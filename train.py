@@ -18,13 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from minift import modes, ops, plan
 from minift.data import dataset
-from minift.data.dataset import Example
+from minift.data.tokens import Example
 from minift.device import (
     choose_device,
     choose_dtype,
@@ -37,26 +36,32 @@ from minift.distributed import all_sum, processes, replicate, seed_step
 from minift.errors import UserError, run_script
 from minift.files import checkpoint, weights
 from minift.files.atomic import write_json
-from minift.files.checkpoint import TUNED, Progress
+from minift.files.checkpoint import Progress
 from minift.files.weights import Base
 from minift.model.gpt import GPT
 from minift.model.packing import Row
 from minift.report import compare, metrics
-from minift.report.result import make_result, summary
+from minift.report.plot import LiveCurves
+from minift.report.result import make_result, progress_facts, summary
 from minift.run import config as configuration
 from minift.run.config import Config, TrainOptions
+from minift.run.extend import extend, how_to_extend, resumable
 from minift.run.folder import COMPARE, MetricsLog, StopSignals, choose_folder, finished, open_folder
 from minift.training import (
     bad_step,
     build,
     build_on_meta,
+    init_or_resume,
     iterate_steps,
     largest_batch,
     learning_rate,
     make_optimizer,
+    run_metadata,
+    status,
     total_steps,
     train_step,
     untouched_base,
+    validate,
 )
 
 Rows = dict[str, list[Example]]  # {"train": ..., "val": ..., "test": ...}
@@ -80,6 +85,11 @@ def main(arguments: list[str]) -> None:
     reserved = max(model.prompt_tokens for model in meta_models)
     rows = load_rows(configs[0], base, reserved)
     general_rows = load_general_rows(options, base, reserved)
+    if options.max_new_tokens is None:
+        room = base.model.config.n_positions - reserved
+        limit = metrics.choose_max_new_tokens(rows, base.eos_token_id, room)
+        configs = [config.changed(max_new_tokens=limit) for config in configs]
+        options = configs[0].train
 
     # each mode: plan, build, train, score
     out = choose_folder(options.out, options.mode)
@@ -87,11 +97,15 @@ def main(arguments: list[str]) -> None:
     with open_folder(out, options.overwrite, resume=options.resume is not None):
         if not options.resume:
             write_configs(out, configs, folders)
+        elif configs[0].extended:
+            extend(configs, folders, total_steps(len(rows["train"]), options))
         results, base_scores = [], None
         for config, meta_model, folder in zip(configs, meta_models, folders, strict=True):
             print(configuration.describe(config))
             result = finished(folder) if is_comparison and options.resume else None
-            if result is None:
+            if result is not None:
+                print(how_to_extend(config, out))
+            else:
                 facts, scores = tune(config, base, meta_model, rows, general_rows, folder)
                 if base_scores is None:  # after the first run, so that training begins at once
                     base_scores = score(untouched_base(base, options), base, rows, options, general_rows)
@@ -109,10 +123,12 @@ def main(arguments: list[str]) -> None:
 
 
 def load_base(options: TrainOptions) -> Base:
-    base = weights.load(options.model)
+    base = weights.with_eos(weights.load(options.model), options.eos)
     device = choose_device(options.device)
     dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
     print(f"base {base.folder}: {count(base.model):,} parameters, on {device} in {dtype}")
+    for note in base.notes:
+        print(f"  {note}")
     if base.tokenizer is None:
         raise UserError(f"{base.folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, there")
     return base
@@ -134,11 +150,14 @@ def load_rows(config: Config, base: Base, reserved: int) -> Rows:
     options = config.train
     limits = {"train": None, "val": options.val_rows, "test": options.test_rows}
     room = base.model.config.n_positions - reserved
-    rows, lines = dataset.load_examples(config.data, options.seed, base.tokenizer, base.eos_token_id, room, limits)
+    eos = weights.required_eos(base)
+    rows, lines = dataset.load_examples(config.data, options.seed, base.tokenizer, eos, room, limits)
+    if not rows["val"]:
+        lines.append("without validation rows there is no validation loss, no early stopping and no choice of the best "
+                     "parameters: those of the last step are kept")
+    if not rows["test"]:
+        lines.append("without test rows there are no scores but forgetting and cost")
     print("\n".join(f"  {line}" for line in lines))
-    for name in limits:
-        if not rows[name]:
-            raise UserError(f"{config.data.data}: there are no {name} rows: give every split a share in --split")
     return rows
 
 
@@ -177,14 +196,11 @@ def tune(config: Config, base: Base, meta_model: GPT, rows: Rows, general_rows: 
     peak = peak_memory(device)
 
     scores = score(model, base, rows, options, general_rows)
-    facts = {
+    facts = progress_facts(progress) | {
         "mode": config.mode, "base": options.model, "learning_rate": options.lr,
-        "steps": progress.step, "best_step": progress.best_step, "stopped_early": progress.early_stopped,
         "trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total,
-        "train_loss": progress.train_loss, "best_val_loss": progress.best_val_loss,
         "tuned_bytes": checkpoint.tuned_bytes(folder), "peak_memory_bytes": peak,
-        "predicted_peak_bytes": predicted_peak, "tokens_per_second": progress.tokens / progress.seconds,
-        "seconds": time.perf_counter() - started}
+        "predicted_peak_bytes": predicted_peak, "seconds": time.perf_counter() - started}
     return facts, scores
 
 
@@ -200,16 +216,19 @@ def train(model: GPT, config: Config, base: Base, rows: Rows, folder: Path) -> P
     steps = total_steps(len(rows["train"]), options)
     eval_every = options.eval_every or max(1, steps // 10)
     optimizer = make_optimizer(model, options.lr, options.weight_decay)
-    metadata = checkpoint.run_metadata(
-        checkpoint.base_metadata(base.fingerprint, config.mode, config.mode_options, base.name),
-        checkpoint.training_metadata(options, rows))
+    metadata = run_metadata(config, base, rows)
     initial = checkpoint.checksum(modes.tuned_parameters(model), {})
-    progress = init_or_resume(model, options, rows, folder, metadata, optimizer)
+    progress = init_or_resume(model, config, rows, folder, metadata, optimizer)
     replica = replicate(model)
+    curves = LiveCurves(folder)
     bar = tqdm(total=steps, initial=progress.step, desc=config.mode, unit="step", file=sys.stdout,
                disable=not sys.stdout.isatty())
     model.train()
     with StopSignals() as signals, MetricsLog(folder, progress.step) as log, bar:
+        if progress.step == 0:  # the start is the first candidate for the best parameters
+            val_loss = validate(model, rows["val"], options, folder, metadata, progress)
+            log.write(step=0, train_loss=None, val_loss=val_loss)
+            bar.write(status(config.mode, progress, steps, val_loss), file=sys.stdout)
         for micro_batches in iterate_steps(rows["train"], options, progress.step):
             if progress.step >= steps or progress.early_stopped:
                 break
@@ -239,56 +258,25 @@ def train(model: GPT, config: Config, base: Base, rows: Rows, folder: Path) -> P
             if validated:
                 val_loss = validate(model, rows["val"], options, folder, metadata, progress)
                 log.write(step=progress.step, train_loss=progress.train_loss, val_loss=val_loss)
-                best = "  best" if progress.evals_since_best == 0 else ""
-                bar.write(f"{config.mode} step {progress.step}/{steps}  train {progress.train_loss:.4f}  val "
-                          f"{val_loss:.4f}  lr {lr:.1e}  {speed:,.0f} tokens/s{best}", file=sys.stdout)
+                bar.write(status(config.mode, progress, steps, val_loss, lr), file=sys.stdout)
             if validated or stop:
                 checkpoint.save_last(folder, model, metadata, optimizer, progress)
+                curves.draw()
             if stop:
-                resumable = folder if options.mode == config.mode else folder.parent  # a comparison resumes as one
-                print(f"stopped after step {progress.step}; python train.py --resume {resumable} continues from "
-                      "there")
+                print(f"stopped after step {progress.step}; python train.py --resume {resumable(config, folder)} "
+                      "continues from there")
                 sys.exit(128 + (signals.received or signal.SIGTERM))
     if progress.early_stopped:
         print(f"{config.mode}: stopped early, {options.patience} validations without a better loss")
-    checkpoint.load_best(folder, model)
+    curves.draw(is_last=True)
     if checkpoint.checksum(modes.tuned_parameters(model), {}) == initial:
         raise UserError(f"{folder}: the tuned parameters equal their initial values, nothing was learned: raise --lr "
                         "or --steps")
+    if progress.best_step == 0:
+        print(f"{config.mode} did not beat its start: no validation after step 0 had a lower loss than "
+              f"{progress.best_val_loss:.4f}, and the parameters of step 0 are kept: try another --lr or more --steps")
+    checkpoint.load_best(folder, model)
     return progress
-
-
-def init_or_resume(model: GPT, options: TrainOptions, rows: Rows, folder: Path, metadata: dict[str, str],
-                   optimizer: torch.optim.Optimizer) -> Progress:
-    """A new run, saved before its first step, or the state of the one to resume."""
-    if not options.resume or not checkpoint.has_saved(folder):
-        checkpoint.save_last(folder, model, metadata, optimizer, Progress())
-        return Progress()
-    progress = checkpoint.load_last(folder, model, metadata, optimizer)
-    if progress.best_step and not checkpoint.best_is_intact(folder, metadata):
-        print(f"{folder / TUNED} is missing or damaged: the best parameters, of step {progress.best_step}, are lost; "
-              f"those of step {progress.step} replace them")
-        progress.best_val_loss = math.inf
-        validate(model, rows["val"], options, folder, metadata, progress)
-    return progress
-
-
-def validate(model: GPT, val_rows: list[Example], options: TrainOptions, folder: Path, metadata: dict[str, str],
-             progress: Progress) -> float:
-    """The validation loss. Saves the parameters if it is the best so far, and decides on early stopping."""
-    val_loss = metrics.measure_losses(model, val_rows, options.batch)["loss"]
-    if not math.isfinite(val_loss):
-        raise UserError(f"step {progress.step}: the validation loss is {val_loss}; the files in {folder} are from "
-                        "before and intact: lower --lr")
-    if progress.window_steps:
-        progress.train_loss = progress.window_loss / progress.window_steps
-    progress.window_loss, progress.window_steps = 0.0, 0
-    progress.evals_since_best += 1
-    if val_loss < progress.best_val_loss:
-        progress.best_val_loss, progress.best_step, progress.evals_since_best = val_loss, progress.step, 0
-        checkpoint.save_tuned(folder, model, metadata, progress)
-    progress.early_stopped = 0 < options.patience <= progress.evals_since_best
-    return val_loss
 
 
 if __name__ == "__main__":

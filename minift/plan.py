@@ -158,11 +158,11 @@ def nbytes(tensors: Any) -> int:
 def report(configs: list[Config]) -> str:
     """The text of train.py --plan: the planned step and a row for each mode. Raises UserError."""
     options, data = configs[0].train, configs[0].data
-    device, base = choose_device(options.device), weights.load_on_meta(options.model)
+    device, base = choose_device(options.device), weights.with_eos(weights.load_on_meta(options.model), options.eos)
     models = [build_on_meta(base, config) for config in configs]
     room = base.model.config.n_positions - max(model.prompt_tokens for model in models)
     if data.data and base.tokenizer is not None:
-        rows, _ = load_examples(data, options.seed, base.tokenizer, base.eos_token_id, room, {"train": None})
+        rows, _ = load_examples(data, options.seed, base.tokenizer, weights.required_eos(base), room, {"train": None})
         batch, origin = largest_batch(rows["train"], options), f"the largest batch of {data.data}"
     else:
         tokens = min(data.max_length or ASSUMED_TOKENS, room)

@@ -12,15 +12,19 @@ from torch import nn
 
 from minift import modes
 from minift.data.dataset import batches, file_batches
+from minift.data.tokens import Example
 from minift.device import choose_device, choose_dtype
 from minift.distributed import WORLD_SIZE, full_tensor, local_rows, to_device
 from minift.errors import UserError
-from minift.files.checkpoint import LAST
+from minift.files import checkpoint
+from minift.files.checkpoint import LAST, TUNED, Progress
 from minift.files.weights import Base
 from minift.model.gpt import GPT
 from minift.model.packing import Row
 from minift.ops.kernel_choice import check_kernel
+from minift.report import metrics
 from minift.run.config import Config, TrainOptions
+from minift.run.extend import how_to_extend, resumable, undo_early_stop
 
 MicroBatches = list[Sequence[Row]]  # the rows of an optimizer step, one batch for each forward pass
 
@@ -45,9 +49,9 @@ def build_on_meta(base: Base, config: Config) -> GPT:
         raise UserError(f"--mode {config.mode} leaves nothing to train in {base.folder} with these options")
     if config.adapter is not None:
         modes.check_tuned(model, config.adapter.tensors, config.adapter.source)
-    room = model.config.n_positions - model.prompt_tokens
-    if config.train.max_new_tokens >= room:
-        raise UserError(f"--max-new-tokens {config.train.max_new_tokens} leaves no room for a prompt in the {room} "
+    room, new_tokens = model.config.n_positions - model.prompt_tokens, config.train.max_new_tokens
+    if new_tokens is not None and new_tokens >= room:
+        raise UserError(f"--max-new-tokens {new_tokens} leaves no room for a prompt in the {room} "
                         "positions of the model: lower it")
     return model
 
@@ -97,6 +101,13 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
     if options.schedule == "linear":
         return options.lr * (1 - done)
     return options.lr * ((1 + math.cos(math.pi * done)) / 2)
+
+
+def describe_extension(config: Config, done: int, steps: int) -> str:
+    """The line for a run that continues after `done` steps with another number of steps or another patience."""
+    options = config.train
+    return (f"{config.mode}: continues after step {done}, up to step {steps}; the {options.schedule} schedule covers "
+            f"all {steps} steps, so the learning rate is now {learning_rate(done, steps, options):.1e}")
 
 
 def steps_per_epoch(num_rows: int, options: TrainOptions) -> int:
@@ -150,6 +161,73 @@ def train_step(model: GPT, micro_batches: MicroBatches, clip: float,
         loss_sum += loss.item()
     tuned = modes.tuned_parameters(model).values()
     return loss_sum, nn.utils.clip_grad_norm_(tuned, clip or math.inf).item()
+
+
+def run_metadata(config: Config, base: Base, rows: dict[str, list[Example]]) -> dict[str, str]:
+    """What the files of a run belong to: base, mode, options and rows."""
+    return checkpoint.run_metadata(
+        checkpoint.base_metadata(base.fingerprint, config.mode, config.mode_options, base.name),
+        checkpoint.training_metadata(config.train, rows, ignored=config.resume_changes))
+
+
+def init_or_resume(model: GPT, config: Config, rows: dict[str, list[Example]], folder: Path, metadata: dict[str, str],
+                   optimizer: torch.optim.Optimizer) -> Progress:
+    """A new run, saved before its first step, or the state of the one to resume."""
+    options = config.train
+    if not options.resume or not checkpoint.has_saved(folder):
+        checkpoint.save_last(folder, model, metadata, optimizer, Progress())
+        return Progress()
+    progress = checkpoint.load_last(folder, model, metadata, optimizer)
+    if config.extended and progress.early_stopped:
+        undo_early_stop(progress, options.patience)
+        checkpoint.save_last(folder, model, metadata, optimizer, progress)
+    has_best = progress.best_step or progress.best_val_loss < math.inf  # a run of an earlier version has no step 0
+    if progress.step and has_best and not checkpoint.best_is_intact(folder, metadata):
+        print(f"{folder / TUNED} is missing or damaged: the best parameters, of step {progress.best_step}, are lost; "
+              f"those of step {progress.step} replace them")
+        progress.best_val_loss = progress.best_after_start = math.inf
+        validate(model, rows["val"], options, folder, metadata, progress)
+    steps = total_steps(len(rows["train"]), options)
+    if progress.step >= steps or progress.early_stopped:
+        print(how_to_extend(config, resumable(config, folder)))
+    elif config.extended:
+        print(describe_extension(config, progress.step, steps))
+    return progress
+
+
+def validate(model: GPT, val_rows: list[Example], options: TrainOptions, folder: Path, metadata: dict[str, str],
+             progress: Progress) -> float | None:
+    """The validation loss. Saves the parameters if it is the best so far, and decides on early stopping. Without rows
+    there is no loss, and the latest parameters are saved."""
+    val_loss = metrics.measure_losses(model, val_rows, options.batch)["loss"] if val_rows else None
+    if val_loss is not None and not math.isfinite(val_loss):
+        raise UserError(f"step {progress.step}: the validation loss is {val_loss}; the files in {folder} are from "
+                        "before and intact: lower --lr")
+    if progress.window_steps:
+        progress.train_loss = progress.window_loss / progress.window_steps
+    progress.window_loss, progress.window_steps = 0.0, 0
+    if val_loss is None or val_loss < progress.best_val_loss:
+        progress.best_step = progress.step
+        progress.best_val_loss = math.inf if val_loss is None else val_loss
+        checkpoint.save_tuned(folder, model, metadata, progress)
+    if val_loss is not None and progress.step > 0:
+        # the start does not count: a run may be worse than it while the learning rate is high, and beat it at the end
+        progress.evals_since_best += 1
+        if val_loss < progress.best_after_start:
+            progress.best_after_start, progress.evals_since_best = val_loss, 0
+        progress.early_stopped = 0 < options.patience <= progress.evals_since_best
+    return val_loss
+
+
+def status(mode: str, progress: Progress, steps: int, val_loss: float | None, lr: float = 0.0) -> str:
+    """The line printed after a validation."""
+    line = f"{mode} step {progress.step}/{steps}"
+    val = "" if val_loss is None else f"  val {val_loss:.4f}"
+    if progress.step == 0:
+        return f"{line}{val}  the start"
+    best = "  best" if val and progress.best_step == progress.step else ""
+    speed = progress.tokens / progress.seconds
+    return f"{line}  train {progress.train_loss:.4f}{val}  lr {lr:.1e}  {speed:,.0f} tokens/s{best}"
 
 
 def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, step: int, folder: Path) -> UserError:

@@ -28,6 +28,7 @@ import torch  # noqa: E402
 import train  # noqa: E402
 from minift import errors  # noqa: E402
 from minift.files import atomic, safetensors  # noqa: E402
+from minift.report import plot  # noqa: E402
 
 CALLS = ("replace", "fsync", "rename", "unlink")  # of os; and every `write` of files that are written atomically
 
@@ -147,6 +148,7 @@ def survive(folder: Path, arguments: list[str], seed: int, calls: int, seconds: 
 def main() -> None:
     torch.set_num_threads(1)
     train.plan.predict = lambda *_: {"predicted_peak_bytes": 0}  # takes longer than the run
+    plot.draw_curves = lambda folder: None  # likewise
     folder, first, count, arguments = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
     with open(folder / "warm.log", "w") as log, contextlib.redirect_stdout(log):  # what is imported late
         train.main([*arguments, "--steps", "1", "--out", str(folder / "warm")])

@@ -21,6 +21,7 @@ import train as train_script
 from minift import ops, plan
 from minift.errors import run_script
 from minift.files import safetensors
+from minift.report import plot
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,13 +48,14 @@ QUICK = ("--dtype", "fp32", "--device", "cpu", "--batch", "4", "--max-new-tokens
 
 @contextlib.contextmanager
 def one_thread(predict: bool) -> Iterator[None]:
-    """On shapes this small a second thread only waits. To predict a run's memory takes longer than such a run, so
-    it is left out unless asked for."""
+    """On shapes this small a second thread only waits. To predict a run's memory, or to draw curves.png, takes longer
+    than such a run, so both are left out unless asked for."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
         if not predict:
             stack.enter_context(mock.patch.object(plan, "predict", lambda *_: {"predicted_peak_bytes": 0}))
+            stack.enter_context(mock.patch.object(plot, "draw_curves", lambda folder: None))
         yield
     torch.set_num_threads(before)
 

@@ -30,7 +30,6 @@ from scripts import (
 from torch import Tensor
 from transformers import GPT2LMHeadModel, pipeline
 
-import eval as eval_script
 import train as train_script
 from minift import modes
 from minift.errors import UserError
@@ -38,6 +37,7 @@ from minift.files import checkpoint, peft, safetensors, weights
 from minift.model import generate
 from minift.model.gpt import GPT
 from minift.modes import lora
+from minift.report import prompt
 
 PLAIN = ["--dtype", "fp32", "--device", "cpu", "--batch", "4", "--max-new-tokens", "6"]
 IDS = torch.tensor([[5, 17, 250, 3, 44, 9, 120], [7, 7, 90, 31, 2, 300, 8], [61, 5, 12, 99, 45, 1, 4]])
@@ -552,7 +552,7 @@ def test_eval_scores_several_without_reading_the_base_again(runs: dict[str, Path
 
 def test_eval_continues_a_prompt_with_several_files(runs: dict[str, Path]) -> None:
     several = ["--adapter", runs["lora"], "--adapter", runs["other"], "--prompt", "1: the lunch =", *PLAIN]
-    with mock.patch.object(eval_script, "generate", wraps=generate.generate) as once:
+    with mock.patch.object(prompt, "generate", wraps=generate.generate) as once:
         ended = evaluate(*several)
         assert ended.code == 0 and once.call_count == 3, ended.err
     texts = [evaluate(runs[name], *several[4:]).out for name in ("lora", "other")]

@@ -109,6 +109,16 @@ def test_a_table_with_the_template_of_the_run(model_folder: Path, tmp_path: Path
     assert other.code == 0 and "template '{id}'" in other.err
 
 
+def test_a_peft_folder_predicts_with_the_flags_alone(run: Path, model_folder: Path, tmp_path: Path) -> None:
+    assert evaluate(run, "--save-peft", tmp_path / "peft").code == 0
+    rows = [{"q": row["prompt"]} for row in new_rows(3)]
+    file = write(tmp_path / "new.jsonl", jsonl(rows))
+    arguments = [tmp_path / "peft", "--model", model_folder, "--predict", file, *PLAIN]
+    assert_one_line(evaluate(*arguments), "which of its fields 'q'")
+    ended = evaluate(*arguments, "--template", "{q}")
+    assert ended.code == 0 and ended.out == evaluate(run, "--predict", file, "--prompt-field", "q", *PLAIN).out
+
+
 def test_sampling_depends_on_the_seed(run: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "new.jsonl", jsonl(new_rows(10)))
 

@@ -27,12 +27,13 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "data").symlink_to(ROOT / "data")
     pairs = write_pairs(tmp_path / "pairs")
     (tmp_path / "my.jsonl").write_bytes((pairs / "train.jsonl").read_bytes())
+    (tmp_path / "new.jsonl").write_text('{"dialogue": "Anna: Hi, Ben"}\n')
     assert len(commands()) >= 18
     for script, *words in commands():
         replaced = [str(TINY) if word == "gpt2" else word for word in words]
         if words[-1] == "runs/*":
             replaced[-1:] = map(str, sorted(Path("runs").iterdir()))
-        if script == "eval.py" and not {"--compare", "--save", "--save-peft", "--prompt"} & set(words):
+        if script == "eval.py" and not {"--compare", "--save", "--save-peft", "--prompt", "--predict"} & set(words):
             replaced += ["--test-rows", "4", "--max-new-tokens", "4"]
         if script == "train.py" and not {"--plan", "--resume", "--help"} & set(words):
             replaced += SMALL

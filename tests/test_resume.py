@@ -1,11 +1,13 @@
 """A run that is interrupted and resumed ends in the same bits as one that was not."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from scripts import (
     QUICK,
     ROOT,
     assert_same_run,
+    assert_same_tensors,
     evaluate,
     files,
     interrupt,
     json_of,
+    metrics,
     progress,
     scores,
     step_losses,
@@ -29,6 +33,7 @@ from scripts import (
     write_pairs,
 )
 
+from minift.files import checkpoint
 from minift.run import folder as run
 
 # 24 rows in batches of 3, two a step: 4 steps an epoch, validation after every third
@@ -184,7 +189,7 @@ def test_the_first_signal_saves_and_says_how_to_resume(
     folder = tmp_path / "x"
     arguments = [*common, "--mode", "prompt", "--steps", 100_000, "--eval-every", 100_000, "--out", folder]
     process = start(arguments, tmp_path)
-    wait_for_steps(folder, process, 4)
+    wait_for_steps(folder, process, 5)  # the lines of step 0 and of four steps
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code and err == ""
@@ -268,3 +273,117 @@ def test_a_run_killed_before_it_began_can_begin_again(common: list[str], tmp_pat
     (tmp_path / "x" / ".config.json.tmp").write_text("{")
     trained(*common, "--mode", "prompt", "--steps", 1, "--out", tmp_path / "x")
     assert ".config.json.tmp" not in set(files(tmp_path / "x"))
+
+
+def edit_last(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrite the progress in last.safetensors."""
+    values, metadata = checkpoint.read(folder / checkpoint.LAST)
+    state = json.loads(metadata["progress"])
+    change(state)
+    checkpoint.write(folder / checkpoint.LAST, values, metadata | {"progress": json.dumps(state)})
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_run_of_the_version_before_resumes(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Its progress and its log know of no step 0; the first validation is the first candidate."""
+    trained(*common, "--mode", "lora", "--out", tmp_path / "whole")
+    interrupt(monkeypatch, (stop,))
+    assert train(*common, "--mode", "lora", "--out", tmp_path / "x").code == 143
+    edit_last(tmp_path / "x", lambda state: state.pop("best_after_start"))
+    if stop < 3:  # before the first validation
+        edit_last(tmp_path / "x", lambda state: state.update(best_val_loss=math.inf))
+        (tmp_path / "x" / "tuned.safetensors").unlink()
+    log = (tmp_path / "x" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "x" / "metrics.jsonl").write_text("".join(log[1:]))
+    raw = json_of(tmp_path / "x" / "config.json")
+    del raw["train"]["eos"]
+    (tmp_path / "x" / "config.json").write_text(json.dumps(raw))
+    trained("--resume", tmp_path / "x")
+    assert_same_tensors(tmp_path / "whole", tmp_path / "x")
+    assert metrics(tmp_path / "whole")[1:] == metrics(tmp_path / "x")
+    assert progress(tmp_path / "whole") == progress(tmp_path / "x")
+
+
+def assert_same_but_size(one: Path, other: Path) -> None:
+    """Bit for bit; the files of an extended run have other options in their metadata."""
+    assert_same_tensors(one, other)
+    assert metrics(one) == metrics(other) and progress(one) == progress(other)
+    assert scores(one) | {"tuned_bytes": 0} == scores(other) | {"tuned_bytes": 0}
+
+
+def test_a_run_continues_beyond_its_end(common: list[str], tmp_path: Path) -> None:
+    """At a constant learning rate, 4 steps and 4 more are the 8 steps of one run, optimizer and all."""
+    options = "--mode lora --dropout 0.2 --schedule constant --warmup-ratio 0 --eval-every 2".split()
+    trained(*common, *options, "--steps", 8, "--out", tmp_path / "whole")
+    trained(*common, *options, "--steps", 4, "--out", tmp_path / "x")
+    said = trained("--resume", tmp_path / "x")
+    assert "this run has ended" in said and "--steps above 4" in said and f"--resume {tmp_path / 'x'}" in said
+    before = {name: (tmp_path / "x" / name).read_bytes() for name in files(tmp_path / "x")}
+    ended = train("--resume", tmp_path / "x", "--steps", 3)
+    assert ended.code == 2 and "has done 4 steps already" in ended.err and ended.err.count("\n") == 1
+    assert {name: (tmp_path / "x" / name).read_bytes() for name in files(tmp_path / "x")} == before
+    ended = train("--resume", tmp_path / "x", "--steps", 8, "--lr", 1)
+    assert ended.code == 2 and "leave out --lr" in ended.err
+    said = trained("--resume", tmp_path / "x", "--epochs", 2)  # 4 steps an epoch; --steps 4 no longer counts
+    assert "lora: continues after step 4, up to step 8; the constant schedule covers all 8 steps" in said
+    assert_same_but_size(tmp_path / "whole", tmp_path / "x")
+    raw = json_of(tmp_path / "x" / "config.json")
+    assert raw["train"]["epochs"] == 2 and raw["train"]["steps"] is None
+    assert raw["origins"]["epochs"] == [2, "--resume"]
+
+
+def test_the_schedule_covers_the_new_length(common: list[str], tmp_path: Path) -> None:
+    trained(*common, "--mode", "lora", "--schedule", "cosine", "--steps", 4, "--out", tmp_path / "x")
+    trained("--resume", tmp_path / "x", "--steps", 10)
+    rates = [line["lr"] for line in metrics(tmp_path / "x") if "lr" in line]
+    cosine = [3e-3 * math.cos(math.pi * (step - 1) / 9 / 2) ** 2 for step in range(4, 10)]  # one step of warm-up
+    assert rates[4:] == pytest.approx(cosine, rel=1e-9) and rates[4] > rates[3]
+
+
+def test_an_interrupted_extension_resumes(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new length is in the run's folder, and is not given again; the files from before fit it."""
+    options = "--mode full --schedule constant --warmup-ratio 0 --eval-every 2".split()
+    trained(*common, *options, "--steps", 8, "--out", tmp_path / "whole")
+    trained(*common, *options, "--steps", 4, "--out", tmp_path / "x")
+    interrupt(monkeypatch, (3,))
+    assert train("--resume", tmp_path / "x", "--steps", 8).code == 143
+    assert not (tmp_path / "x" / "result.json").exists()
+    trained("--resume", tmp_path / "x")
+    assert_same_but_size(tmp_path / "whole", tmp_path / "x")
+
+
+def test_an_early_stopped_run_continues_with_more_patience(common: list[str], tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "few", rows=3, seed=1)
+    options = "--mode full --steps 200 --eval-every 3 --batch 3 --accumulate 1 --model-dropout 0"
+    arguments = [*common, *options.split(), "--schedule", "constant", "--data", pairs]
+    trained(*arguments, "--patience", 4, "--out", tmp_path / "whole")
+    trained(*arguments, "--patience", 2, "--out", tmp_path / "x")
+    assert scores(tmp_path / "x")["stopped_early"] and scores(tmp_path / "whole")["stopped_early"]
+    done = scores(tmp_path / "x")["steps"]
+    said = trained("--resume", tmp_path / "x")
+    assert "this run has ended" in said and "--patience above 2" in said
+    trained("--resume", tmp_path / "x", "--patience", 4)
+    assert scores(tmp_path / "whole")["steps"] > done
+    assert_same_but_size(tmp_path / "whole", tmp_path / "x")
+    trained("--resume", tmp_path / "x", "--steps", 201)  # more steps count validations anew
+    assert scores(tmp_path / "x")["steps"] > scores(tmp_path / "whole")["steps"]
+
+
+def test_a_comparison_continues_with_each_of_its_runs(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = "--mode lora,full --schedule constant --warmup-ratio 0 --eval-every 2".split()
+    trained(*common, *options, "--steps", 6, "--out", tmp_path / "whole")
+    trained(*common, *options, "--steps", 4, "--out", tmp_path / "x")
+    assert trained("--resume", tmp_path / "x").count("this run has ended") == 2
+    interrupt(monkeypatch, (3,))  # in the first step of the second run
+    assert train("--resume", tmp_path / "x", "--steps", 6).code == 143
+    trained("--resume", tmp_path / "x")
+    for mode in ("lora", "full"):
+        assert_same_but_size(tmp_path / "whole" / mode, tmp_path / "x" / mode)
+    compared = [json_of(tmp_path / folder / "compare.json") for folder in ("whole", "x")]
+    assert [result["test_loss"] for result in compared[0]] == [result["test_loss"] for result in compared[1]]

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +29,14 @@ from scripts import metrics as log_of
 import train as script
 from minift import modes
 from minift.data import dataset as data
-from minift.data.dataset import Example
 from minift.data.pairs import Pair
+from minift.data.tokens import Example
 from minift.errors import UserError
 from minift.files import weights
 from minift.files.checkpoint import Progress
 from minift.model.gpt import GPT
 from minift.model.packing import text_row
-from minift.report import metrics
+from minift.report import compare, metrics, plot
 from minift.run.config import TrainOptions
 from minift.training import iterate_steps, learning_rate, make_optimizer, train_step
 
@@ -97,7 +98,7 @@ def test_every_mode_learns_and_leaves_its_files(runs: dict[str, Path], model_fol
     assert result["test_loss"] < result["base_test_loss"]
     assert result["test_perplexity"] == pytest.approx(math.exp(result["test_loss"]))
     validations = [line for line in log_of(folder) if "val_loss" in line]
-    assert [line["step"] for line in validations] == list(range(4, 41, 4))
+    assert [line["step"] for line in validations] == list(range(0, 41, 4))
     assert result["best_val_loss"] == min(line["val_loss"] for line in validations)
 
     model = weights.load(str(model_folder)).model
@@ -391,7 +392,7 @@ def test_steps_that_are_not_finite_are_refused_by_name(make_gpt: Callable, tmp_p
     rows = [[example([1, 2, 96], 1, "train.jsonl:7")]]
     train_step(model, rows, 0.0)
     model.h[1].mlp.c_fc.weight.grad[0, 0] = math.inf
-    error = script.bad_step(model, math.nan, rows, Progress(), tmp_path)
+    error = script.bad_step(model, math.nan, rows, 1, tmp_path)
     assert isinstance(error, UserError)
     assert re.search(r"step 1: .*h\.1\.mlp\.c_fc\.weight.*train\.jsonl:7", str(error))
 
@@ -439,3 +440,164 @@ def test_twenty_steps_have_the_losses_of_transformers(
     found, expected = step_losses(tmp_path / "x"), usual_losses(model_folder, pairs, mode, 20, 4, 1e-3)
     assert len(found) == 20 and found == pytest.approx(expected, abs=1e-3)
     assert max(expected) - min(expected) > 0.1  # steps that change nothing would agree too
+
+
+def validations(folder: Path) -> dict[int, float]:
+    """The validation loss by step."""
+    return {line["step"]: line["val_loss"] for line in log_of(folder) if "val_loss" in line}
+
+
+def test_the_start_is_scored_and_kept_when_nothing_beats_it(
+    runs: dict[str, Path], common: list[str], tmp_path: Path
+) -> None:
+    """From a tuned adapter, with a learning rate that only does harm. The base itself is such a start too."""
+    again = [*common, "--steps", 3, "--eval-every", 1, "--lr", 3, "--warmup-ratio", 0]
+    out = trained(*again, "--adapter", runs["lora"], "--out", tmp_path / "x")
+    first, second = (json_of(folder / "result.json") for folder in (runs["lora"], tmp_path / "x"))
+    found = validations(tmp_path / "x")
+    assert found.pop(0) == second["best_val_loss"] == first["best_val_loss"] < min(found.values())
+    assert second["best_step"] == 0 and second["steps"] == 3 and second["test_loss"] == first["test_loss"]
+    best = [tensors(folder / "tuned.safetensors") for folder in (runs["lora"], tmp_path / "x")]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+    assert "lora did not beat its start" in out
+
+    sentences = [finding.sentence for finding in compare.findings([second])]
+    assert any("lora did not beat its start" in sentence for sentence in sentences)
+
+    # the base is a start too; here it is one that knows the pairs already
+    assert evaluate(runs["full"], "--save", tmp_path / "base").code == 0
+    trained(*again, "--model", tmp_path / "base", "--mode", "full", "--out", tmp_path / "y")
+    result = json_of(tmp_path / "y" / "result.json")
+    assert result["best_step"] == 0 and result["test_loss"] == result["base_test_loss"]
+
+
+def test_step_0_has_the_loss_of_the_base(runs: dict[str, Path], model_folder: Path, pairs: Path) -> None:
+    base = weights.load(str(model_folder)).model
+    expected = metrics.measure_losses(base, examples(pairs, model_folder, "val")[:6], 4)["loss"]
+    for mode in ("full", "lora", "adapter"):
+        assert validations(runs[mode])[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_scoring_the_start_changes_no_step(common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [*common, "--steps", 4, "--dropout", 0.3, "--model-dropout", 0.2, "--mode", "lora"]
+    trained(*arguments, "--out", tmp_path / "x")
+    validate = script.validate
+    monkeypatch.setattr(script, "validate", lambda *a: validate(*a) if a[-1].step else None)
+    trained(*arguments, "--out", tmp_path / "without")
+    assert step_losses(tmp_path / "x") == step_losses(tmp_path / "without")
+
+
+def test_early_stopping_does_not_count_the_start(
+    make_gpt: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Worse than the start but better each time: a run may beat it when the learning rate has come down."""
+    losses = iter([1.0, 2.0, 1.9, 1.8, 1.85, 1.8])
+    monkeypatch.setattr(metrics, "measure_losses", lambda *_: {"loss": next(losses)})
+    model, options, progress = make_gpt().requires_grad_(True), TrainOptions(patience=2), Progress()
+    for step, stopped in enumerate([False, False, False, False, False, True]):
+        progress.step = step
+        script.validate(model, [example([1, 96], 1, "x:1")], options, tmp_path, {}, progress)
+        assert progress.early_stopped == stopped and progress.best_step == 0 and progress.best_val_loss == 1.0
+
+
+def test_the_length_limit_follows_the_references(tmp_path: Path, common: list[str], model_folder: Path) -> None:
+    at = common.index("--max-new-tokens")
+    arguments = [*common[:at], *common[at + 2 :], "--mode", "prompt", "--steps", 1]
+    out = trained(*arguments, "--out", tmp_path / "x")
+    pairs = Path(common[common.index("--data") + 1])
+    longest = max(len(row.ids) - 1 - len(row.prompt) for row in examples(pairs, model_folder, "val")[:6])
+    assert f"max_new_tokens = {longest + 1}  (the longest validation reference has {longest} tokens" in out
+    config = json_of(tmp_path / "x" / "config.json")
+    assert config["train"]["max_new_tokens"] == longest + 1
+    ended = evaluate(tmp_path / "x", "--json", "--batch", 4, "--dtype", "fp32", "--test-rows", 6)
+    result = json_of(tmp_path / "x" / "result.json")
+    scores = json.loads(ended.out)["tuned"]
+    assert scores["completions_at_limit"] == result["completions_at_limit"]
+    assert scores["rougeL"] == result["rougeL"]
+
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": "lunch late " * 7}) + "\n"
+                            for i in range(12)))
+    out = trained(*arguments, "--data", long, "--out", tmp_path / "y")
+    room = 96 - modes.MODES["prompt"].Options().prompt_tokens
+    assert f"max_new_tokens = {room // 2}  (half of the model's positions; the longest validation reference" in out
+
+
+def test_without_validation_and_test_rows(common: list[str], tmp_path: Path) -> None:
+    two = tmp_path / "two.jsonl"
+    two.write_text('{"prompt": "a late", "completion": "lunch"}\n{"prompt": "a cheap", "completion": "meeting"}\n')
+    general = tmp_path / "general.txt"
+    general.write_text("The fridge is broken again. Can you call the landlord, please?")
+    arguments = [*common, "--data", two, "--split", "100,0,0", "--steps", 5, "--patience", 1, "--general", general]
+    out = trained(*arguments, "--mode", "lora,full", "--out", tmp_path / "x")
+    assert "no validation loss, no early stopping" in out and "no scores but forgetting and cost" in out
+    for mode in ("lora", "full"):
+        folder = tmp_path / "x" / mode
+        result = json_of(folder / "result.json")
+        assert result["steps"] == result["best_step"] == 5 and not result["stopped_early"]
+        for name in ("best_val_loss", "test_loss", "test_perplexity", "base_test_loss", "rougeL", "exact_match"):
+            assert result[name] is None, name
+        assert result["forgetting"] != 0 and result["tuned_bytes"] > 0
+        best, last = (tensors(folder / name) for name in ("tuned.safetensors", "last.safetensors"))
+        assert all(torch.equal(best[name], last[f"tuned.{name}"]) for name in best)
+        assert evaluate(folder, "--prompt", "a late", "--max-new-tokens", 2).code == 0
+    ended = evaluate("--compare", tmp_path / "x")
+    assert ended.code == 0 and "| full" in ended.out and "not ranked: there are no test rows" in ended.out
+    trained(*arguments, "--split", "50,50,0", "--mode", "lora", "--out", tmp_path / "y")
+    result = json_of(tmp_path / "y" / "result.json")
+    assert result["best_val_loss"] > 0 and result["test_loss"] is None
+
+
+def test_a_base_without_an_end_of_text(model_folder: Path, common: list[str], tmp_path: Path) -> None:
+    """It is missed only where a row has to end, and --eos names it."""
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    (base / "generation_config.json").unlink(missing_ok=True)
+    config = json_of(base / "config.json") | {"eos_token_id": 50256, "bos_token_id": 50256}
+    (base / "config.json").write_text(json.dumps(config))
+    vocabulary = json_of(base / "vocab.json")
+    vocabulary["<the end>"] = vocabulary.pop("<|endoftext|>")
+    (base / "vocab.json").write_text(json.dumps(vocabulary))
+    assert weights.load(str(base)).eos_token_id is None
+
+    arguments = [*common, "--model", base, "--mode", "lora", "--steps", 2]
+    ended = train(*arguments, "--out", tmp_path / "x")
+    assert ended.code == 2 and "give --eos TOKEN" in ended.err and str(base) in ended.err
+    for wrong in ("<nothing>", "320"):
+        ended = train(*arguments, "--eos", wrong, "--out", tmp_path / "x")
+        assert ended.code == 2 and f"--eos '{wrong}'" in ended.err and ended.err.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+    for folder, token in (("text", "<the end>"), ("number", "0")):
+        trained(*arguments, "--eos", token, "--out", tmp_path / folder)
+        ended = evaluate(tmp_path / folder, "--json", "--dtype", "fp32", "--batch", 4)
+        assert json.loads(ended.out)["tuned"]["loss"] == json_of(tmp_path / folder / "result.json")["test_loss"]
+    trained(*common, "--mode", "lora", "--steps", 2, "--out", tmp_path / "usual")
+    assert step_losses(tmp_path / "text") == step_losses(tmp_path / "number") == step_losses(tmp_path / "usual")
+
+
+def test_curves_are_drawn_where_matplotlib_is(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(plot, "draw_curves", lambda folder: drawn.append(len(log_of(folder))))
+    trained(*common, "--mode", "prompt", "--steps", 3, "--eval-every", 1, "--out", tmp_path / "x")
+    assert drawn == [7]  # once, at the end of a run this short
+    monkeypatch.setattr(plot, "FIRST_PICTURE", 0.0)
+    trained(*common, "--mode", "prompt", "--steps", 3, "--eval-every", 1, "--out", tmp_path / "y")
+    assert drawn[1] == 3 and drawn[-1] == 7  # after the first validation, and at the end
+
+    def missing(folder: Path) -> None:
+        drawn.append(0)
+        raise ModuleNotFoundError("No module named 'matplotlib'")
+
+    monkeypatch.setattr(plot, "draw_curves", missing)
+    drawn.clear()
+    trained(*common, "--mode", "prompt", "--steps", 3, "--eval-every", 1, "--out", tmp_path / "z")
+    assert drawn == [0]  # not tried again
+
+
+def test_curves_png_is_in_the_folder(common: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    ended = process("train.py", *common, "--mode", "prompt", "--steps", 2, "--out", tmp_path / "x", cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "x" / "curves.png").read_bytes().startswith(b"\x89PNG")

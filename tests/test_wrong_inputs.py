@@ -273,8 +273,6 @@ TRAIN: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
         lambda p: p.data("x.jsonl", '{"prompt": "a", "completion": " "}\n'),
         ["no usable row", "empty completion"]),
     "too few rows to split": (lambda p: p.data("x.jsonl", ROW), ["too few different prompts", "--split"]),
-    "no share for the test": (
-        lambda p: p.data("x.jsonl", ROWS, "--split", "90,10,0"), ["no test rows", "--split"]),
     "shares of 90": (lambda p: p.data("x.jsonl", ROWS, "--split", "80,10"), ["--split", "80,10,10"]),
     "a template with an attribute": (
         lambda p: p.data("x.jsonl", ROWS, "--template", "{prompt.__class__}"),

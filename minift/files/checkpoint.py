@@ -9,7 +9,7 @@ two files so that damage to one does not lose the other.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,13 @@ REMOVED_OPTIONS = {"on_nan": "stop", "max_skips": 10}
 
 @dataclass
 class Progress:
-    """How far a run is. `window_*` sum up the training losses since the last validation."""
+    """How far a run is. The best parameters may be those of step 0, the run's start. `window_*` sum up the training
+    losses since the last validation."""
 
     step: int = 0
     best_step: int = 0
     best_val_loss: float = float("inf")
+    best_after_start: float = float("inf")  # without step 0: early stopping counts from it
     evals_since_best: int = 0
     window_loss: float = 0.0
     window_steps: int = 0
@@ -68,9 +70,10 @@ def base_metadata(fingerprint: str, mode: str, mode_options: Any, base_name: str
             "fingerprint": fingerprint}
 
 
-def training_metadata(options: Any, rows: dict[str, Sequence[Row]]) -> dict[str, str]:
-    """The training options and a hash of the rows: a run resumes bit for bit with the same alone."""
-    chosen = {name: value for name, value in asdict(options).items() if name not in IGNORED_ON_RESUME}
+def training_metadata(options: Any, rows: dict[str, Sequence[Row]], ignored: Collection[str] = ()) -> dict[str, str]:
+    """The training options and a hash of the rows: a run resumes bit for bit with the same alone. `ignored`: options
+    that were changed when the run was resumed, which its older files have otherwise."""
+    chosen = {name: value for name, value in asdict(options).items() if name not in (*IGNORED_ON_RESUME, *ignored)}
     digest = hashlib.sha256()
     for split in ("train", "val"):
         for row in rows[split]:
@@ -308,10 +311,16 @@ def load_last(folder: Path, model: GPT, metadata: dict[str, str],
     return read_progress(found, path)
 
 
+def saved_progress(folder: Path) -> Progress:
+    """How far the run in a folder is, from its last state. Raises UserError."""
+    return broadcast(lambda: read_progress(read(folder / LAST)[1], folder / LAST))
+
+
 def read_progress(metadata: dict[str, str], path: Path) -> Progress:
     raw = json.loads(metadata["progress"])
     for old, new in (("stale", "evals_since_best"), ("stopped", "early_stopped")):  # names of an earlier version
         if old in raw:
             raw[new] = raw.pop(old)
     raw.pop("skipped", None)
+    raw.setdefault("best_after_start", raw.get("best_val_loss", float("inf")))  # earlier versions had no step 0
     return from_json(Progress, raw, str(path))

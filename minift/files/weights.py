@@ -63,6 +63,29 @@ def load(name: str) -> Base:
     return replace(base, fingerprint=fingerprint(base.model), notes=(*base.notes, *notes))
 
 
+def with_eos(base: Base, token: str | None) -> Base:
+    """The base with the token of --eos, given as its text or its number, as end-of-text; None keeps the base's.
+    Raises UserError for a token that the base does not have."""
+    if token is None:
+        return base
+    if token.isascii() and token.isdecimal() and len(token) < 10:
+        number = int(token)
+    else:
+        number = None if base.tokenizer is None else base.tokenizer.token_to_id(token)
+    if number is None or number >= base.model.config.vocab_size:
+        raise UserError(f"--eos {token!r:.60}: {base.name} has no such token: give the text of a token, such as "
+                        f"'</s>', or a number below {base.model.config.vocab_size}")
+    return replace(base, eos_token_id=number)
+
+
+def required_eos(base: Base) -> int:
+    """The end-of-text of a base that needs one. Raises UserError."""
+    if base.eos_token_id is None:
+        raise UserError(f"{base.folder}: no file there names an end-of-text, which ends every row: give --eos TOKEN, "
+                        "the text of a token or its number")
+    return base.eos_token_id
+
+
 def load_on_meta(name: str) -> Base:
     """The same without weights, on the meta device. A preset needs neither a folder nor a network. Raises UserError."""
     if name in PRESETS:

@@ -64,6 +64,8 @@ def findings(results: list[dict[str, Any]]) -> list[Finding]:
 
 def rank(results: list[dict[str, Any]]) -> list[Finding]:
     """The best and the cheapest run, by ROUGE-L where it says something."""
+    if any(r["test_loss"] is None for r in results):
+        return []  # there are no test rows
     if any(r["rougeL"] is None for r in results):
         return rank_by_loss(results, "ROUGE is not measured, as the test rows have no prompts, or no words in their "
                             "references")
@@ -105,7 +107,10 @@ def troubles(result: dict[str, Any]) -> list[Finding]:
     """What went wrong in a run, and what to try."""
     name = run_name(result)
     found = []
-    if result["test_loss"] >= result["base_test_loss"]:
+    if result["best_step"] == 0:
+        found.append(Finding(name, f"{name} did not beat its start: no validation after it had a lower loss, so the "
+                             "parameters of step 0 were kept: try another --lr or more --steps."))
+    elif result["test_loss"] is not None and result["test_loss"] >= result["base_test_loss"]:
         found.append(Finding(name, f"{name} did not beat the base: try another --lr or more --steps."))
     elif result["best_step"] < result["steps"]:
         found.append(Finding(name, f"{name} overfitted: its validation loss was lowest at step "
@@ -159,6 +164,8 @@ def compare_runs(paths: list[Path]) -> str:
     if not is_comparable(results):
         lines.append("not ranked: the bases score differently before tuning, so base, test rows or dtype "
                      "differ")
+    if any(result["test_loss"] is None for result in results):
+        lines.append("not ranked: there are no test rows, so nothing says which run is better")
     try:
         plot.draw_runs(out, results)
         lines.append(f"written: {out / 'compare.md'} and {out / 'compare.png'}")

@@ -22,6 +22,7 @@ from minift.report.rouge import rouge, rouge_tokens
 
 LOGITS_BLOCK = 128  # target tokens whose logits exist at one time: fewer than a training step needs
 DECODE_BATCH = 64  # prompts that are completed together
+NO_REFERENCES = 64  # new tokens at most where no completions say how long they are
 MAX_WINDOW = 512  # tokens of a window of general text
 
 
@@ -113,6 +114,20 @@ def reference_length(example: Example, eos_id: int) -> int:
     return end - begin - (example.ids[end - 1] == eos_id)
 
 
+def choose_max_new_tokens(rows: dict[str, list[Example]], eos_id: int, room: int) -> tuple[int, str]:
+    """The default of --max-new-tokens, and its origin: enough for the longest completion of the validation rows (where
+    there are none, of the training rows) and its end-of-text, but at most half of `room`, the model's positions."""
+    kind, examples = ("validation", rows["val"]) if rows["val"] else ("training", rows["train"])
+    lengths = [reference_length(example, eos_id) for example in examples if example.pair.prompt]
+    limit = max(1, room // 2)
+    if not lengths:
+        return min(NO_REFERENCES, limit), "there are no completions to follow"
+    longest = max(lengths)
+    if longest + 1 > limit:
+        return limit, f"half of the model's positions; the longest {kind} reference has {longest} tokens"
+    return longest + 1, f"the longest {kind} reference has {longest} tokens, then comes an end-of-text"
+
+
 def score_texts(predictions: list[str], references: list[str]) -> dict[str, float | None]:
     """Means over all rows, in 0..1: exact_match, which ignores white space at both ends, and rouge1, rouge2
     and rougeL, which compare words alone. A score that would say nothing is None: all without rows, ROUGE
@@ -134,7 +149,9 @@ def score(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: list[Example]
           max_new_tokens: int, general_rows: list[Row] | None) -> dict[str, Any]:
     """Every score of a model on some rows, under the names of result.json; the completions it wrote; the
     counts of `write_completions`; and its loss on the general text, None where there is none."""
-    scores: dict[str, Any] = measure_losses(model, examples, batch)
+    scores: dict[str, Any] = dict.fromkeys(("loss", "perplexity", "token_accuracy"))  # None: there are no rows
+    if examples:
+        scores |= measure_losses(model, examples, batch)
     completions, counts = write_completions(model, tokenizer, eos_id, examples, max_new_tokens)
     predictions, references = [], []
     for example, completion in zip(examples, completions, strict=True):

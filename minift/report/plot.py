@@ -6,12 +6,15 @@ says so or does without the picture.
 
 import io
 import math
+import time
 from pathlib import Path
 from typing import Any
 
+from minift.distributed import is_main
 from minift.files.atomic import write_atomically
 from minift.run.folder import read_metrics
 
+FIRST_PICTURE = 30.0  # seconds from a run's begin to its first curves.png, if it lasts longer
 MARKERS = "os^Dvp*X<>"
 
 
@@ -31,10 +34,12 @@ def draw_runs(folder: Path, results: list[dict[str, Any]]) -> None:
         style = {"color": f"C{i % 10}", "marker": MARKERS[i // 10 % len(MARKERS)]}
         draw_losses(losses, read_metrics(folder / result["run"]), result["run"], style)
         point = style | {"markersize": 9, "linestyle": ""}
+        if result[quality] is None:
+            continue  # without test rows nothing is known but the losses
         cost.plot(result["trainable_parameters"], result[quality], **point)
         if result["forgetting"] is not None:
             forgetting.plot(result[quality], result["forgetting"], **point)
-    for base in {result[base_quality] for result in results}:
+    for base in {result[base_quality] for result in results} - {None}:
         cost.axhline(base, color="grey", linestyle="--", linewidth=1)
         forgetting.axvline(base, color="grey", linestyle="--", linewidth=1)
     forgetting.axhline(0, color="grey", linewidth=1)
@@ -91,6 +96,29 @@ def draw_curves(folder: Path) -> None:
     for axes in (losses, rate):
         axes.grid(alpha=0.3)
     save(figure, folder / "curves.png")
+
+
+class LiveCurves:
+    """curves.png while a run lasts, drawn by rank 0 after validations. Where matplotlib is missing there is none.
+
+    A picture takes as long as many steps of a small model: drawing takes at most a twentieth of a run's time, and one
+    picture at its end."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.can_draw = is_main()
+        self.next_time = time.monotonic() + FIRST_PICTURE
+
+    def draw(self, is_last: bool = False) -> None:
+        started = time.monotonic()
+        if not self.can_draw or not is_last and started < self.next_time:
+            return
+        try:
+            draw_curves(self.folder)
+        except ImportError:
+            self.can_draw = False
+        now = time.monotonic()
+        self.next_time = now + 19 * (now - started)
 
 
 def save(figure: Any, path: Path) -> None:

@@ -42,7 +42,7 @@ class PredictOptions:
 class Decoding:
     """How texts are generated, see minift/model/generate.py."""
 
-    max_new_tokens: int = option(64, "length limit of generated texts (default: the run's)", least=1)
+    max_new_tokens: int = option(64, "length limit of generated texts; a run's own replaces the default", least=1)
     temperature: float = option(0.0, "0 is greedy, 1 the model's own distribution", least=0)
     top_k: int | None = option(None, "sample among the k most likely tokens", least=1)
     top_p: float | None = option(None, "sample among the most likely tokens that hold this probability", above=0,

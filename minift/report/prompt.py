@@ -1,12 +1,18 @@
-"""The run's template around the text of eval.py --prompt."""
+"""The text of eval.py --prompt, in the run's template, and what models write after it."""
 
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from minift.data.dataset import DataOptions, read_layout
 from minift.data.layouts import AnyLayout, ChatLayout, TextLayout
 from minift.data.templates import fill, used_fields
+from minift.data.tokens import start_tokens, tokenize
 from minift.errors import UserError
+from minift.files.weights import Base
+from minift.model.generate import generate
+from minift.model.gpt import GPT
+from minift.report.predict import Decoding
 
 
 def find_run_layout(data: DataOptions) -> tuple[AnyLayout | None, str]:
@@ -48,3 +54,21 @@ def apply_template(data: DataOptions, text: str) -> tuple[str, str]:
                       f"{', '.join(names)}, and --prompt gives one; --predict takes rows with all of them")
     line = f"the prompt is {names[0]} in the run's template {layout.template!r} (--raw takes it as it is)"
     return fill(layout.prompt, {names[0]: text}), line
+
+
+def print_continuations(base: Base, tuned: dict[str, GPT], prompt: str, raw: bool, data: DataOptions,
+                        decoding: Decoding) -> None:
+    """The continuation of --prompt; of several models the base's too, each behind its name. Raises UserError."""
+    text, line = read_prompt(prompt), ""
+    if not raw:
+        text, line = apply_template(data, text)
+    ids = start_tokens(base.tokenizer) + tokenize(base.tokenizer, [text], data.control_tokens)[0]
+    models = {"base": base.model, **tuned} if len(tuned) > 1 else tuned
+    continuations = {}
+    for name, model in models.items():
+        new = generate(model, [ids], stop=base.eos_token_id, **asdict(decoding))
+        continuations[name] = base.tokenizer.decode(new[0])
+    if line:  # on stderr, so that standard output is the continuation alone
+        print(line, file=sys.stderr)
+    for name, continuation in continuations.items():
+        print(f"{name}: {continuation}" if len(models) > 1 else continuation)

@@ -1,10 +1,21 @@
 """A finished run's result.json, and what is printed of it."""
 
+import math
 from typing import Any
 
 from minift.data.tokens import Example
+from minift.files.checkpoint import Progress
 from minift.report.metrics import limit_report
 from minift.report.table import cell, format_bytes
+
+
+def progress_facts(progress: Progress) -> dict[str, Any]:
+    """How the training went, under the names of result.json."""
+    validated = math.isfinite(progress.best_val_loss)
+    return {
+        "steps": progress.step, "best_step": progress.best_step, "stopped_early": progress.early_stopped,
+        "train_loss": progress.train_loss, "best_val_loss": progress.best_val_loss if validated else None,
+        "tokens_per_second": progress.tokens / progress.seconds}
 
 
 def make_result(facts: dict[str, Any], scores: dict[str, Any], base_scores: dict[str, Any]) -> dict[str, Any]:
@@ -29,11 +40,16 @@ def summary(result: dict[str, Any], scores: dict[str, Any], base_scores: dict[st
     for i, example in enumerate(examples[:3]):
         lines += ["", f"  {example.pair.where}   {example.pair.completion!r}",
                   f"  base   {base_scores['completions'][i]!r}", f"  tuned  {scores['completions'][i]!r}"]
-    parts = [f"{result['mode']}: test loss {result['base_test_loss']:.4f} -> {result['test_loss']:.4f}"]
+    parts = []
+    if result["test_loss"] is not None:
+        parts.append(f"test loss {result['base_test_loss']:.4f} -> {result['test_loss']:.4f}")
     if result["rougeL"] is not None:
         parts.append(f"ROUGE-L {result['base_rougeL']:.3f} -> {result['rougeL']:.3f}")
+    if result["forgetting"] is not None:
+        parts.append(f"forgetting {result['forgetting']:+.4f}")
     parts += [f"tuned file {format_bytes(result['tuned_bytes'])}",
               f"peak memory {cell(result['peak_memory_bytes'], format_bytes)}",
               f"predicted {cell(result['predicted_peak_bytes'], format_bytes)}"]
-    lines += ["", ", ".join(parts), *(f"  {line}" for line in limit_report(scores, max_new_tokens))]
+    lines += ["", f"{result['mode']}: {', '.join(parts)}"]
+    lines += [f"  {line}" for line in limit_report(scores, max_new_tokens)]
     return "\n".join(lines)

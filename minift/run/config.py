@@ -54,7 +54,11 @@ class TrainOptions:
                            least=0)
     val_rows: int = option(200, "validate on the first N validation rows", least=1)
     test_rows: int = option(200, "score the first N test rows at the end", least=1)
-    max_new_tokens: int = option(64, "length limit of generated completions", least=1)
+    max_new_tokens: int | None = option(None, "length limit of generated completions (default: the longest reference "
+                                              "of the validation rows, at most half of the model's positions)",
+                                        least=1)
+    eos: str | None = option(None, "the token that ends every row, its text or its number (default: the base's "
+                                   "end-of-text)")
     general: str | None = option(None, "a text file outside the task: its loss before and after is the "
                                        "forgetting")
     dtype: str = option("auto", "the dtype of activations; auto: bf16 where the hardware has it", choices=DTYPES)
@@ -66,13 +70,18 @@ class TrainOptions:
     ops: str = option("fast", "plain: compute every operation by its plain reference (slow, to read or to find a "
                               "bug)", choices=("fast", "plain"))
     seed: int = option(0, "seed of everything random: split, order, initial values, dropout", least=0)
-    resume: str | None = option(None, "resume the run in this folder, with the options it was started with")
+    resume: str | None = option(None, "resume the run in this folder, with the options it was started with; --epochs, "
+                                      "--steps or --patience beside it continue a run beyond its end")
+
+
+ON_RESUME = "--resume"  # the origin of an option that was changed when the run was resumed
+EXTENDING = ("epochs", "steps", "patience")  # the options that may be given beside --resume
 
 
 @dataclass(frozen=True)
 class Config:
     """A run's resolved options, and the origin of each: {name: (value, origin)}. `adapter` is the content of
-    --adapter; it is None when a run resumes."""
+    --adapter; it is None when a run resumes. `extended`: --resume came with one of EXTENDING."""
 
     mode: str
     train: TrainOptions
@@ -80,6 +89,17 @@ class Config:
     mode_options: Any  # the mode's Options
     origins: dict[str, tuple[Any, str]]
     adapter: Tuned | None = None
+    extended: bool = False
+
+    def changed(self, **values: tuple[Any, str]) -> "Config":
+        """The configuration with other training options, given as name=(value, origin)."""
+        train = replace(self.train, **{name: value for name, (value, _) in values.items()})
+        return replace(self, train=train, origins=self.origins | values)
+
+    @property
+    def resume_changes(self) -> list[str]:
+        """The options that this or an earlier --resume changed."""
+        return [name for name, (_, origin) in self.origins.items() if origin == ON_RESUME]
 
 
 def parse(arguments: list[str], description: str) -> list[Config]:
@@ -100,15 +120,21 @@ def parse(arguments: list[str], description: str) -> list[Config]:
 
 
 def resume(args: argparse.Namespace) -> list[Config]:
-    """The configurations of a run's folder, or of a comparison's."""
-    given = {name for name, value in vars(args).items() if value is not None}
-    others = sorted(given - {"resume", "debug"})
+    """The configurations of a run's folder, or of a comparison's, with the options that extend it."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    others = sorted(given.keys() - {"resume", "debug", *EXTENDING})
     if others:
         raise UserError("--resume continues with the options that the run was started with: leave out "
-                        f"{flag(others[0])}")
-    configs = broadcast(lambda: load_all(Path(args.resume)))
-    return [replace(config, train=replace(config.train, resume=args.resume, out=args.resume))
-            for config in configs]
+                        f"{flag(others[0])}; only --epochs, --steps and --patience may change")
+    changes = {name: (given[name], ON_RESUME) for name in EXTENDING if name in given}
+    configs = []
+    for config in broadcast(lambda: load_all(Path(args.resume))):
+        config = replace(config.changed(**changes), extended=bool(changes))
+        if "epochs" in changes and "steps" not in changes:
+            config = config.changed(steps=(None, ON_RESUME))  # the steps of before would count, and not the epochs
+        check_bounds(config.train)
+        configs.append(replace(config, train=replace(config.train, resume=args.resume, out=args.resume)))
+    return configs
 
 
 def read_adapter(args: argparse.Namespace) -> Tuned:
@@ -167,7 +193,7 @@ def describe(config: Config) -> str:
     """The configuration as lines of `name = value (origin)`, with the defaults last, in one line."""
     lines, defaults = [f"mode {config.mode}"], []
     for name, (value, origin) in config.origins.items():
-        if origin != "default":
+        if origin != "default" and value is not None:
             lines.append(f"  {name} = {value}  ({origin})")
         elif value is not None:
             defaults.append(f"{name} {value}")

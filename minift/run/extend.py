@@ -1,0 +1,49 @@
+"""train.py --resume RUN with --epochs, --steps or --patience: a run continues beyond its end."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from minift.distributed import is_main
+from minift.errors import UserError
+from minift.files import checkpoint
+from minift.files.checkpoint import Progress
+from minift.run import config as configuration
+from minift.run.config import Config
+
+
+def extend(configs: list[Config], folders: list[Path], steps: int) -> None:
+    """Save the new options of every run, and remove the results of the shorter runs. `steps` is the new number of
+    steps. Raises UserError, before anything changes, if a run has done more steps already."""
+    for folder in folders:
+        if not checkpoint.has_saved(folder):
+            continue  # a run of a comparison that did not begin yet
+        done = checkpoint.saved_progress(folder).step
+        if steps < done:
+            raise UserError(f"{folder} has done {done} steps already, and would end after {steps} with these options: "
+                            "give a larger --epochs or --steps")
+    for config, folder in zip(configs, folders, strict=True):
+        if is_main():
+            # first: a run of a comparison that has a result.json is not run again
+            (folder / "result.json").unlink(missing_ok=True)
+        configuration.save(folder, replace(config, train=replace(config.train, resume=None)))
+
+
+def undo_early_stop(progress: Progress, patience: int) -> None:
+    """Let an extended run continue. Validations without a better loss still count if the new patience is above their
+    number, and are counted anew otherwise."""
+    if 0 < patience <= progress.evals_since_best:
+        progress.evals_since_best = 0
+    progress.early_stopped = False
+
+
+def resumable(config: Config, folder: Path) -> Path:
+    """The folder for --resume: a comparison resumes as one."""
+    return folder if config.train.mode == config.mode else folder.parent
+
+
+def how_to_extend(config: Config, folder: Path) -> str:
+    """The line for a run that has ended and is resumed without new options."""
+    options = config.train
+    length = f"--epochs above {options.epochs:g}" if options.steps is None else f"--steps above {options.steps}"
+    return (f"{config.mode}: this run has ended: train.py --resume {folder} continues it with {length}, or, if it "
+            f"stopped early, with --patience above {options.patience}")
