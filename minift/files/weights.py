@@ -87,7 +87,7 @@ def required_eos(base: Base) -> int:
 
 
 def load_on_meta(name: str) -> Base:
-    """The same without weights, on the meta device. A preset needs neither a folder nor a network. Raises UserError."""
+    """The base without its weights, on the meta device. A preset needs neither folder nor network. Raises UserError."""
     if name in PRESETS:
         config = PRESETS[name].config
         return Base(name, None, build_on_meta(config, name), None, None, eos_token_id=config.eos_token_id)
