@@ -17,7 +17,8 @@ from typing import Any
 
 from minift import modes, ops
 from minift.data import dataset
-from minift.data.dataset import DataOptions, Example
+from minift.data.dataset import DataOptions
+from minift.data.tokens import Example
 from minift.device import DEVICES, DTYPES, choose_device, choose_dtype, configure_process
 from minift.distributed import WORLD_SIZE, processes
 from minift.errors import UserError, run_script

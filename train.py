@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minift import modes, ops, plan
 from minift.data import dataset
-from minift.data.dataset import Example
+from minift.data.tokens import Example
 from minift.device import (
     choose_device,
     choose_dtype,

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from minift import modes
-from minift.data.dataset import Example, batches, file_batches
+from minift.data.dataset import batches, file_batches
+from minift.data.tokens import Example
 from minift.device import choose_device, choose_dtype
 from minift.distributed import WORLD_SIZE, full_tensor, local_rows, to_device
 from minift.errors import UserError

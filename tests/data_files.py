@@ -5,8 +5,8 @@ from pathlib import Path
 
 import tokenizers
 
-from minift.data.dataset import Example
 from minift.data.pairs import Pair
+from minift.data.tokens import Example
 
 EOS = 256
 

@@ -9,12 +9,8 @@ from pathlib import Path
 import pytest
 from data_files import example, jsonl, numbered, texts, write
 
-from minift.data.dataset import (
-    DataOptions,
-    Example,
-    batches,
-    read_pairs,
-)
+from minift.data.dataset import DataOptions, batches, read_pairs
+from minift.data.tokens import Example
 from minift.errors import UserError
 
 # Splits

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from minift.data.dataset import Example
 from minift.data.pairs import Pair
+from minift.data.tokens import Example
 from minift.errors import UserError
 from minift.model.generate import generate
 from minift.model.gpt import GPT

@@ -17,6 +17,7 @@ from scripts import QUICK, Ended, command, evaluate, process, trained, write_pai
 from minift.data import dataset
 from minift.data.dataset import DataOptions
 from minift.data.pairs import Prompt, read_file
+from minift.data.tokens import encode
 from minift.files.weights import Base
 from minift.model.gpt import GPT
 from minift.report import predict
@@ -154,7 +155,7 @@ def test_a_chat_has_the_tokens_of_training(predictor: Callable[..., Predictor], 
     options = DataOptions(turns=turns)
     answered = write(tmp_path / "train.jsonl", jsonl([chat(*asked, ("assistant", "d"))]))
     trained_pairs, _ = read_file(answered, turns=turns)
-    [example], _ = dataset.encode(trained_pairs, byte_tokenizer(), EOS, 96)
+    [example], _ = encode(trained_pairs, byte_tokenizer(), EOS, 96)
     file = write(tmp_path / "new.jsonl", jsonl([chat(*asked), chat(*asked, ("assistant", "not read"))]))
     rows = list(NewRows(file, options, find_layout(file, options, None), "prediction"))
     assert [row.learned for row in rows] == [trained_pairs[0].learned] * 2

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, GenerationConfig
 
-from minift.data.dataset import start_tokens
+from minift.data.tokens import start_tokens
 from minift.errors import UserError
 from minift.files import weights
 

@@ -11,16 +11,9 @@ import tokenizers
 from data_files import EOS, byte_tokenizer, example, jsonl, numbered, write
 from transformers import AddedToken, GPT2TokenizerFast
 
-from minift.data.dataset import (
-    Counts,
-    DataOptions,
-    Example,
-    encode,
-    length_report,
-    load_examples,
-    tokenize,
-)
+from minift.data.dataset import DataOptions, length_report, load_examples
 from minift.data.pairs import Pair
+from minift.data.tokens import Counts, Example, encode, tokenize
 from minift.errors import UserError
 
 

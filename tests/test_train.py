@@ -29,8 +29,8 @@ from scripts import metrics as log_of
 import train as script
 from minift import modes
 from minift.data import dataset as data
-from minift.data.dataset import Example
 from minift.data.pairs import Pair
+from minift.data.tokens import Example
 from minift.errors import UserError
 from minift.files import weights
 from minift.files.checkpoint import Progress

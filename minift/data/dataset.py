@@ -1,27 +1,26 @@
-"""Pairs -> tokens -> batches: splits, tokens with the spans that are learned, the report, the order."""
+"""The data of a run: its options, the rows of its three splits, the report on them, and batches."""
 
-import copy
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from minift.data.chats import between
-from minift.data.layouts import AnyLayout, PairOptions, Ranges, choose_layout
+from minift.data.layouts import AnyLayout, PairOptions, choose_layout
 from minift.data.pairs import Pair, first_fields, read_file
 from minift.data.readers import FileFormat
 from minift.data.splits import cut_out, find_split_files, overlap_notes, parse_split
 from minift.data.templates import parse_template, used_fields
-from minift.errors import UserError, tokenizer_faults
-from minift.model.packing import Row
+from minift.data.tokens import Counts, Example, encode
+from minift.errors import UserError
 from minift.options import option
 
-POOL_BATCHES = 20  # SAMSum in batches of 8: 3 % of the tokens are padding (10: 6 %, 50: 1 %, no pools: 36 %)
+# Rows of a batch have similar lengths. On SAMSum in batches of 8, filling all rows of a batch up to the longest one
+# would add 3 % of tokens with pools of 20 batches (10: 6 %, 50: 1 %, without pools: 36 %).
+POOL_BATCHES = 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class DataOptions:
 
     @property
     def separator(self) -> str:
-        return self.join.replace("\\n", "\n")  # as in a template
+        return self.join.replace("\\n", "\n")  # a shell passes \n on as two characters
 
     @property
     def format(self) -> FileFormat:
@@ -70,38 +69,20 @@ class Pairs:
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class Example(Row):
-    """A row of tokens, and its pair of texts."""
-
-    pair: Pair
-
-    @property
-    def prompt(self) -> list[int]:
-        """The tokens before the last span; a completion is generated from them."""
-        return self.ids[: self.spans[-1][0]]
-
-
-@dataclass
-class Counts:
-    """Counts of `encode` for the report."""
-
-    shortened: int = 0  # rows that lost the beginning of their prompt
-    joined: int = 0  # rows with `join` between prompt and completion
-    control_tokens: Counter[str] = field(default_factory=Counter)  # in the texts
+# ---- files -> pairs
 
 
 def read_pairs(options: DataOptions, seed: int) -> Pairs:
-    """The pairs of a file or folder in three splits; a split whose share is 0 is empty.
+    """The pairs of a file or folder in three splits; a split whose percentage is 0 is empty.
 
-    Splits without a file are cut out of the training file: no prompt is in two splits. Raises UserError for
-    all that is wrong with options or files.
+    A split without a file is cut out of the training file. Raises UserError for wrong options and files.
     """
     if not options.data:
         raise UserError("no data: give --data a file, or a folder with train, val and test")
     if options.rows is not None and options.rows < 1:
         raise UserError(f"--rows {options.rows}: must be 1 or more")
     shares = parse_split(options.split)
+
     path = Path(options.data)
     files, unused = find_split_files(path) if os.path.isdir(path) else ({"train": path}, [])
     splits: dict[str, list[Pair]] = {"train": [], "val": [], "test": []}
@@ -112,6 +93,7 @@ def read_pairs(options: DataOptions, seed: int) -> Pairs:
                                              options.separator, options.format)
         notes += file_notes
     notes += unused
+
     missing = {name: share for name, share in shares.items() if name not in files and share}
     if missing:
         parts, note = cut_out(files["train"], splits["train"], missing, seed)
@@ -120,6 +102,8 @@ def read_pairs(options: DataOptions, seed: int) -> Pairs:
     left_out = [name for name, share in shares.items() if name not in files and not share]
     if left_out:
         notes.append(f"no rows for {' and '.join(left_out)} (--split {options.split})")
+
+    # after the split, so that val and test are the same for any --rows
     if options.rows is not None:
         found = len(splits["train"])
         splits["train"] = splits["train"][: options.rows]
@@ -128,8 +112,9 @@ def read_pairs(options: DataOptions, seed: int) -> Pairs:
 
 
 def read_layout(options: DataOptions) -> AnyLayout:
-    """How rows become prompts: as the flags say, else as the first training row is read. Raises UserError."""
+    """The layout of the flags, else that of the first training row. Raises UserError."""
     if options.template is not None or options.prompt_field:
+        # an imaginary row with just these fields: a template is applied without any file
         names = used_fields(parse_template(options.template)) if options.template else [options.prompt_field]
         fields = dict.fromkeys(names, "")
         return choose_layout(Path("--template"), fields, options.pair_options, with_completion=False)
@@ -140,159 +125,11 @@ def read_layout(options: DataOptions) -> AnyLayout:
     return choose_layout(file, first_fields(file, options.format), options.pair_options)
 
 
-# Tokens
-
-
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str], control_tokens: str = "tokens",
-             continued: bool = False) -> list[list[int]]:
-    """Token ids of texts: nothing is added, cut or padded, whatever the tokenizer's own settings.
-
-    The name of a control token in a text (`<|endoftext|>`) is that token, as in transformers, or with
-    `control_tokens` "text" a text like any other. `continued`: the texts follow others in their rows, so a
-    tokenizer that puts a space before every text puts none here.
-    """
-    plain = _without_limits(tokenizer)
-    plain.encode_special_tokens = control_tokens == "text"
-    if continued and getattr(plain.pre_tokenizer, "add_prefix_space", False):
-        plain.pre_tokenizer.add_prefix_space = False
-    with tokenizer_faults("the tokenizer fails on one of the texts"):
-        return [encoding.ids for encoding in plain.encode_batch(texts, add_special_tokens=False)]
-
-
-def _without_limits(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that neither cuts nor pads: the caller's tokenizer stays as it is."""
-    plain = copy.deepcopy(tokenizer)
-    plain.no_truncation()
-    plain.no_padding()
-    return plain
-
-
-def start_tokens(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that the tokenizer itself puts before every text; GPT-2's puts none."""
-    with tokenizer_faults("the tokenizer fails on a text"):
-        encoding = _without_limits(tokenizer).encode("a")
-    added = encoding.special_tokens_mask
-    return encoding.ids[: added.index(0)] if 0 in added else []
-
-
-def control_names(tokenizer: Tokenizer) -> dict[int, str]:
-    """Id -> name of the tokens that are no part of plain text; runs of white space, which some vocabularies
-    add, are."""
-    added = tokenizer.get_added_tokens_decoder()
-    return {number: token.content for number, token in added.items() if token.content.strip()}
-
-
-def prompt_pieces(prompt: str, learned: Ranges) -> list[tuple[str, bool]]:
-    """A prompt's texts that are tokenized each for itself, and whether they are learned."""
-    pieces = []
-    end = 0
-    for begin, stop in learned:
-        pieces += [(prompt[end:begin], False), (prompt[begin:stop], True)]
-        end = stop
-    return [*pieces, (prompt[end:], False)]
-
-
-def _pieces(pair: Pair, join: str) -> list[tuple[str, bool]]:
-    """The texts of a row that are tokenized each for itself, and whether they are learned. A prompt has the
-    same tokens without its completion: that is how it is given when the model answers."""
-    if not pair.prompt:
-        return [(pair.completion, True)]
-    # The space belongs to the completion, since GPT-2's tokens carry their space.
-    completion = between(pair.prompt, pair.completion, join) + pair.completion
-    return [*prompt_pieces(pair.prompt, pair.learned), (completion, True)]
-
-
-def encode(pairs: list[Pair], tokenizer: Tokenizer, eos_id: int, max_length: int, join: str = " ",
-           control_tokens: str = "tokens") -> tuple[list[Example], Counts]:
-    """The pairs as rows of tokens that end in `eos_id`, at most `max_length` long.
-
-    A prompt loses its beginning to make room. A pair is left out if its completion and end-of-text leave no
-    room for one token of the prompt, or if either text has no tokens; length_report counts them. A text
-    alone becomes windows. Raises UserError if no pair is left.
-    """
-    if max_length < 3:
-        raise UserError(f"--max-length {max_length}: must be 3 or more: prompt, completion and end-of-text")
-    pieces = [_pieces(pair, join) for pair in pairs]
-    firsts = tokenize(tokenizer, [row[0][0] for row in pieces], control_tokens)
-    others = tokenize(tokenizer, [text for row in pieces for text, _ in row[1:]], control_tokens, True)
-    start, names, counts = start_tokens(tokenizer), control_names(tokenizer), Counts()
-    examples = []
-    remaining = iter(others)
-    for pair, row, first in zip(pairs, pieces, firsts, strict=True):
-        tokens = [first, *(next(remaining) for _ in row[1:])]
-        counts.control_tokens.update(names[i] for ids in tokens for i in ids if i in names)
-        if not pair.prompt:
-            examples += _windows(pair, first, start or [eos_id], eos_id, max_length, tokenizer)
-            continue
-        example = _make_row(pair, tokens, [learned for _, learned in row], start, eos_id, max_length)
-        if example is None:
-            continue
-        unshortened = len(start) + sum(map(len, tokens)) + (tokens[-1][-1] != eos_id)
-        counts.shortened += len(example.ids) < unshortened
-        counts.joined += bool(between(pair.prompt, pair.completion, join))
-        examples.append(_without_end(example, tokens[-1], tokenizer, eos_id))
-    if pairs and not examples:
-        raise UserError(f"{pairs[0].where} and every other row: no room in {max_length} tokens for completion"
-                        " and a token of the prompt, raise --max-length")
-    return examples, counts
-
-
-def _make_row(pair: Pair, tokens: list[list[int]], learned: list[bool], start: list[int], eos_id: int,
-              max_length: int) -> Example | None:
-    """Start, prompt, completion and end-of-text, or None if there is no room. `tokens` are those of the
-    pieces, the last of which is the completion."""
-    *before, completion = tokens
-    end = [] if completion[-1:] == [eos_id] else [eos_id]
-    prompt = [i for ids in before for i in ids]
-    room = max_length - len(start) - len(completion) - len(end)
-    if room < 1 or not prompt or not completion:
-        return None
-    dropped = max(0, len(prompt) - room)
-    ids = start + prompt[dropped:] + completion + end
-    spans = []
-    at = len(start) - dropped  # the place of a piece in the row; before the row for what is dropped
-    for piece, is_learned in zip(before, learned, strict=False):
-        begin, at = max(at, len(start), 1), at + len(piece)
-        if is_learned and begin < at:
-            spans.append((begin, at))
-    spans.append((at, len(ids)))
-    return Example(ids, tuple(spans), pair)
-
-
-def _without_end(example: Example, completion: list[int], tokenizer: Tokenizer, eos_id: int) -> Example:
-    """The reference that is scored lacks an end-of-text that the file has: an answer ends before it."""
-    name = tokenizer.id_to_token(eos_id)
-    if completion[-1] != eos_id or not name or not example.pair.completion.endswith(name):
-        return example
-    return replace(example, pair=replace(example.pair, completion=example.pair.completion.removesuffix(name)))
-
-
-def _windows(pair: Pair, text: list[int], start: list[int], eos_id: int, max_length: int,
-             tokenizer: Tokenizer) -> list[Example]:
-    """A text alone: every token is learned, once. It begins after an end-of-text, as the texts did that GPT-2
-    learned from, and a window begins with the last token of the one before."""
-    if not text:
-        return []
-    ids = text if text[: len(start)] == start else start + text
-    ids = ids if text[-1] == eos_id else [*ids, eos_id]
-    step = max_length - 1
-    rows = []
-    for number, begin in enumerate(range(0, len(ids) - 1, step), 1):
-        window = ids[begin : begin + max_length]
-        part = pair
-        if len(ids) > max_length:
-            where = pair.where if number == 1 else f"{pair.where} window {number}"
-            said = window[1:-1] if window[-1] == eos_id else window[1:]
-            part = replace(pair, completion=tokenizer.decode(said, skip_special_tokens=False), where=where)
-        rows.append(Example(window, ((1, len(window)),), part))
-    return rows
-
-
-# The report
+# ---- the report
 
 
 def length_report(name: str, pairs: list[Pair], examples: list[Example], counts: Counts, eos_id: int) -> str:
-    """One line on a split: rows, their lengths, how many end in end-of-text, and the rows left out."""
+    """A line on a split: the number of rows, their lengths, how many end in end-of-text, and how many are left out."""
     if not examples:
         return f"{name}: no rows"
     lengths = [len(example.ids) for example in examples]
@@ -311,7 +148,7 @@ def length_report(name: str, pairs: list[Pair], examples: list[Example], counts:
 
 
 def _text_report(counts: list[Counts], rows: int, options: DataOptions) -> list[str]:
-    """The rows in which `join` was put, and the control tokens in the texts."""
+    """A line on the rows with `join` between their texts, and a line on the control tokens in the texts."""
     lines = []
     joined = sum(each.joined for each in counts)
     if joined:
@@ -328,9 +165,9 @@ def _text_report(counts: list[Counts], rows: int, options: DataOptions) -> list[
 
 def load_examples(options: DataOptions, seed: int, tokenizer: Tokenizer, eos_id: int | None, room: int,
                   limits: dict[str, int | None]) -> tuple[dict[str, list[Example]], list[str]]:
-    """The splits named in `limits` as tokens, at most so many rows of each, and the report to print.
+    """The rows of each split in `limits` (split -> the most rows of it, None: all), and the lines of the report.
 
-    A row takes at most `room` of the model's positions, or --max-length if that is less. Raises UserError.
+    A row has at most `room` tokens, or --max-length if that is less. Raises UserError.
     """
     if eos_id is None:
         raise UserError("no file of the base names its end-of-text, which every row needs: put eos_token_id "
@@ -342,7 +179,7 @@ def load_examples(options: DataOptions, seed: int, tokenizer: Tokenizer, eos_id:
         some = getattr(pairs, name)[:limit]
         examples[name], count = encode(some, tokenizer, eos_id, max_length, options.separator,
                                        options.control_tokens)
-        examples[name] = examples[name][:limit]  # a text alone becomes several rows
+        examples[name] = examples[name][:limit]  # again, as a text alone becomes several rows
         lines.append(length_report(name, some, examples[name], count, eos_id))
         counts.append(count)
     return examples, lines + _text_report(counts, sum(map(len, examples.values())), options)
@@ -356,22 +193,23 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
-# Batches
+# ---- batches
 
 
 def file_batches(examples: list[Example], batch_size: int) -> list[list[Example]]:
-    """The rows in their file's order, for comparisons with other code on the same batches."""
+    """Batches in the file's order, to compare with other code on the same batches."""
     return [examples[at : at + batch_size] for at in range(0, len(examples), batch_size)]
 
 
 def batches(examples: list[Example], batch_size: int, seed: int, epoch: int) -> list[list[Example]]:
-    """One epoch: every example once, in random batches of like length, the same for the same seed and epoch.
+    """One epoch: every row once, in random batches of rows with similar lengths; fixed by seed and epoch.
 
-    Random pools of POOL_BATCHES batches (fewer if that makes fewer than four pools, so that a row's company
-    changes) are sorted by length and cut; then the batches are shuffled. One batch may be smaller.
+    The shuffled rows are cut into pools, each pool is sorted by length and cut into batches, and the batches are
+    shuffled. One batch may be smaller than the others.
     """
     generator = random.Random(f"{seed} {epoch}")
     shuffled = generator.sample(examples, len(examples))
+    # at least four pools: a single one would put the same rows into the same batch in every epoch
     pool = batch_size * max(1, min(POOL_BATCHES, len(examples) // batch_size // 4))
     cut = []
     for begin in range(0, len(shuffled), pool):

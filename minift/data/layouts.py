@@ -1,21 +1,19 @@
-"""Fields -> pairs of prompt and completion: known layouts, the user's template, chats, text alone."""
+"""Fields -> pairs of prompt and completion: known layouts, the user's template, chats, text alone.
+
+A layout is chosen once for a file, from the flags and its first row, and then reads every row.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minift.data.chats import (
-    CHAT_FIELDS,
-    is_turns,
-    read_chat,
-    read_chat_prompt,
-)
+from minift.data.chats import CHAT_FIELDS, is_turns, read_chat, read_chat_prompt
 from minift.data.records import field_text, list_names
 from minift.data.templates import Part, fill, needed_fields, parse_template, rename_fields, used_fields
 from minift.errors import UserError
 
-# Prompt template and completion field of the layouts that are known by their fields; the first that fits a
-# file's first row is taken.
+# (prompt template, completion field) of the layouts that are recognised by their fields. The first one whose fields
+# are all in a file's first row is taken; the most general names come last.
 KNOWN_PAIRS = (
     ("{prompt}", "completion"),
     ("{prompt}", "response"),
@@ -33,34 +31,36 @@ KNOWN_PAIRS = (
     ("{input}", "output"),
 )
 TEXT_FIELD = "text"
-# Beside one of these, `text` is more likely a prompt: the user has to say it.
+# Beside one of these fields, `text` is probably a prompt and not a text to learn: the user has to decide.
 TARGET_FIELDS = ("label", "labels", "target", "summary", "completion", "response", "answer", "output")
-
 
 Ranges = tuple[tuple[int, int], ...]  # of characters, half-open
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, its completion, and their place: "train.jsonl:12".
+    """A prompt and its completion, both with all white space that the file has."""
 
-    Both are as the file has them, white space included. The prompt of a text alone is "". In a chat,
-    `learned` are the ranges of characters of the prompt that are learned too: earlier answers.
-    """
-
-    prompt: str
+    prompt: str  # "" if the row is a text alone
     completion: str
-    where: str
-    learned: Ranges = ()
+    where: str  # "train.jsonl:12"
+    learned: Ranges = ()  # of the prompt: the earlier answers of a chat, which are learned too
+
+
+# ---- the three kinds of layout, with the same methods
+#
+# used: the fields that are read. needed: the fields without which a row has no prompt.
+# read: the pair of a row. prompt_of: the prompt of a row that may lack its completion, and the ranges of the prompt
+# that a run would learn. Both raise ValueError for a row that cannot be used. str: for the report.
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a record becomes a pair: the parts of the prompt and the completion's field."""
+    """A prompt from a template, and a field that is the completion."""
 
     prompt: tuple[Part, ...]
-    completion: str
-    template: str  # as the user or KNOWN_PAIRS wrote it
+    completion: str  # the field's name
+    template: str  # of `prompt`, as the user or KNOWN_PAIRS has it
 
     @property
     def used(self) -> list[str]:
@@ -68,15 +68,12 @@ class Layout:
 
     @property
     def needed(self) -> list[str]:
-        """The fields without which a row has no prompt."""
         return needed_fields(self.prompt)
 
     def prompt_of(self, fields: dict[str, Any]) -> tuple[str, Ranges]:
-        """The prompt of a row that may lack its completion, and the ranges of it that a run would learn too."""
         return fill(self.prompt, fields), ()
 
     def read(self, fields: dict[str, Any], where: str) -> Pair:
-        """The prompt is "" if all its fields are blank. Raises ValueError for a bad row."""
         return Pair(fill(self.prompt, fields), field_text(fields, self.completion), where)
 
     def __str__(self) -> str:
@@ -86,10 +83,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class ChatLayout:
-    names: tuple[str, ...]  # of the fields with the turns
+    """Turns with roles, in one field or in several that follow one another."""
+
+    names: tuple[str, ...]  # of these fields
     turns: str  # "all" answers are learned, or the "last"
     join: str
-    unused: tuple[str, ...] = ()  # fields of the row that say how the chat came about
+    unused: tuple[str, ...] = ()  # fields that belong to the chat and are not read, such as a list of tools
 
     @property
     def used(self) -> list[str]:
@@ -97,9 +96,10 @@ class ChatLayout:
 
     @property
     def needed(self) -> list[str]:
-        return [self.names[0]]  # turns in a second field are the completion
+        return [self.names[0]]  # a second field holds the completion
 
     def prompt_of(self, fields: dict[str, Any]) -> tuple[str, Ranges]:
+        # if all are missing, read_chat_prompt says so
         names = tuple(name for name in self.names if name in fields)
         return read_chat_prompt(fields, names or self.names, self.turns, self.join)
 
@@ -117,6 +117,8 @@ class ChatLayout:
 
 @dataclass(frozen=True)
 class TextLayout:
+    """A field with text of which every token is learned."""
+
     name: str
 
     @property
@@ -128,13 +130,19 @@ class TextLayout:
         return [self.name]
 
     def prompt_of(self, fields: dict[str, Any]) -> tuple[str, Ranges]:
-        return field_text(fields, self.name), ()  # to be continued
+        return field_text(fields, self.name), ()
 
     def read(self, fields: dict[str, Any], where: str) -> Pair:
         return Pair("", field_text(fields, self.name), where)
 
     def __str__(self) -> str:
         return f"field {self.name} alone, without prompts: every token is learned"
+
+
+AnyLayout = Layout | ChatLayout | TextLayout
+
+
+# ---- the choice of a layout
 
 
 @dataclass(frozen=True)
@@ -148,12 +156,11 @@ class PairOptions:
     join: str = " "
 
 
-AnyLayout = Layout | ChatLayout | TextLayout
-
-
 def _known_layout(fields: dict[str, Any], with_completion: bool) -> Layout | None:
-    """The first known layout that fits; names may be written Prompt or PROMPT."""
-    actual = {name.strip().lower(): name for name in reversed(fields)} | {name: name for name in fields}
+    """The first known layout that fits, or None. Case does not count: a field may be called Prompt or PROMPT."""
+    # known name -> the file's name. An exact name wins, then the file's first field of that name in lower case.
+    actual = {name.strip().lower(): name for name in reversed(fields)}
+    actual |= {name: name for name in fields}
     for template, completion in KNOWN_PAIRS:
         parts = parse_template(template)
         needed = [*needed_fields(parts), completion] if with_completion else needed_fields(parts)
@@ -164,13 +171,16 @@ def _known_layout(fields: dict[str, Any], with_completion: bool) -> Layout | Non
 
 def choose_layout(path: Path, fields: dict[str, Any], options: PairOptions,
                   with_completion: bool = True) -> AnyLayout:
-    """The layout that the flags say, and where they are silent, the first known one that fits the first row.
-    `with_completion` False: the rows need no completions. Raises UserError if there is no layout, or the
-    flags name fields that are not there."""
+    """The layout of the flags, completed by the first known one that fits a file's first row.
+
+    `path` and `fields` are the file and that row. `with_completion` False: rows need no completions. Raises UserError
+    if no layout fits, or if the flags name fields that the row lacks.
+    """
     known = _known_layout(fields, with_completion)
     if options.prompt_field is None and options.completion_field is None and options.template is None:
         layout = _layout_without_flags(fields, options, known, with_completion)
     elif options.prompt_field == "" and options.template is None and options.completion_field in fields:
+        # --prompt-field '' says that there are no prompts
         return TextLayout(options.completion_field)
     else:
         layout = _layout_of_flags(options, known, with_completion)
@@ -186,8 +196,9 @@ def choose_layout(path: Path, fields: dict[str, Any], options: PairOptions,
 
 def _layout_without_flags(fields: dict[str, Any], options: PairOptions, known: Layout | None,
                           with_completion: bool) -> AnyLayout | None:
+    """The layout that fits the first row, or None: prompts first, then chats, then text alone."""
     if is_turns(fields.get("prompt")) and (is_turns(fields.get("completion")) or not with_completion):
-        # Only the completion is to be learned, whatever answers the prompt holds.
+        # "last": such a file says that the completion is learned, and not the answers in the prompt
         return ChatLayout(("prompt", "completion"), "last", options.join)
     if known is not None:
         return known
@@ -201,11 +212,11 @@ def _layout_without_flags(fields: dict[str, Any], options: PairOptions, known: L
 
 
 def _layout_of_flags(options: PairOptions, known: Layout | None, with_completion: bool) -> Layout | None:
-    """The layout of --prompt-field, --template and --completion-field, completed by the known one."""
+    """The layout of --prompt-field, --template and --completion-field, completed by the known one, or None."""
     template, prompt_field = options.template, options.prompt_field
     completion = options.completion_field or (known.completion if known else None)
     if completion is None and not with_completion:
-        completion = "completion"
+        completion = "completion"  # a Layout has a name for it, although no row is asked for it
     if completion is None:
         return None
     if template is not None:
@@ -220,6 +231,7 @@ def _layout_of_flags(options: PairOptions, known: Layout | None, with_completion
 
 
 def _check_layout(path: Path, fields: dict[str, Any], layout: Layout, with_completion: bool) -> None:
+    """Raises UserError for a field that the first row lacks, and for a prompt that holds the completion."""
     remedy = "change --prompt-field, --completion-field or --template"
     needed = needed_fields(layout.prompt)
     for name in [*needed, layout.completion] if with_completion else needed:

@@ -1,6 +1,6 @@
-"""Bytes -> lines of text: encodings, gzip, and the kinds of files that are not text.
+"""Bytes -> lines of text: encodings, gzip, and a clear refusal of files that are not text.
 
-Files may be hostile: the limits below bound the memory that they cost.
+Files may be hostile: the two limits below bound the memory they can take.
 """
 
 import contextlib
@@ -20,30 +20,40 @@ MAX_UNPACKED_BYTES = 2**30  # a gzip file can be a thousand times larger than it
 BYTE_ORDER_MARKS = {
     b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
 }  # fmt: skip
-PANDAS = 'python -c "import pandas; pandas.{0}({1!r}).to_json({2!r}, orient=\'records\', lines=True)"'
-ARROW = 'python -c "import datasets; datasets.Dataset.from_file({1!r}).to_json({2!r})"'
-# First bytes of files that are not text, the name of their kind, and the command that converts them.
+
+# Commands that convert a file; find_encoding fills in the names of the file and of its copy as text.
+PANDAS = 'python -c "import pandas; pandas.READ({file!r}).to_json({jsonl!r}, orient=\'records\', lines=True)"'
+PARQUET = PANDAS.replace("READ", "read_parquet")
+FEATHER = PANDAS.replace("READ", "read_feather")
+ORC = PANDAS.replace("READ", "read_orc")
+EXCEL = PANDAS.replace("READ", "read_excel")
+PICKLE = PANDAS.replace("READ", "read_pickle")
+ARROW = 'python -c "import datasets; datasets.Dataset.from_file({file!r}).to_json({jsonl!r})"'
+SQLITE = "sqlite3 -csv -header {file} 'SELECT * FROM ...' > {csv}"
+# First bytes of files that are not text, the name of the kind, and the command that converts the file.
 BINARY_KINDS = (
-    (b"PAR1", "Parquet", PANDAS.replace("{0}", "read_parquet")),
-    (b"ARROW1", "Arrow", PANDAS.replace("{0}", "read_feather")),
+    (b"PAR1", "Parquet", PARQUET),
+    (b"ARROW1", "Arrow", FEATHER),
     (b"\xff\xff\xff\xff", "Arrow", ARROW),
-    (b"ORC", "ORC", PANDAS.replace("{0}", "read_orc")),
-    (b"PK\x03\x04", "an Excel workbook, or a zip archive (unzip it)", PANDAS.replace("{0}", "read_excel")),
-    (b"\xd0\xcf\x11\xe0", "an Excel workbook", PANDAS.replace("{0}", "read_excel")),
-    (b"\x80\x04\x95", "a Python pickle", PANDAS.replace("{0}", "read_pickle")),
-    (b"\x80\x05\x95", "a Python pickle", PANDAS.replace("{0}", "read_pickle")),
-    (b"SQLite format 3\0", "an SQLite database", "sqlite3 -csv -header {1} 'SELECT * FROM ...' > {3}"),
-    (b"BZh", "packed with bzip2", "bunzip2 -k {1}"),
-    (b"\xfd7zXZ\0", "packed with xz", "xz -dk {1}"),
-    (b"\x28\xb5\x2f\xfd", "packed with zstd", "zstd -d {1}"),
-    (b"%PDF", "a PDF", "pdftotext {1}"),
+    (b"ORC", "ORC", ORC),
+    (b"PK\x03\x04", "an Excel workbook, or a zip archive (unzip it)", EXCEL),
+    (b"\xd0\xcf\x11\xe0", "an Excel workbook", EXCEL),
+    (b"\x80\x04\x95", "a Python pickle", PICKLE),
+    (b"\x80\x05\x95", "a Python pickle", PICKLE),
+    (b"SQLite format 3\0", "an SQLite database", SQLITE),
+    (b"BZh", "packed with bzip2", "bunzip2 -k {file}"),
+    (b"\xfd7zXZ\0", "packed with xz", "xz -dk {file}"),
+    (b"\x28\xb5\x2f\xfd", "packed with zstd", "zstd -d {file}"),
+    (b"%PDF", "a PDF", "pdftotext {file}"),
     (b"version https://git-lfs", "a Git LFS pointer in place of the file", "git lfs pull"),
     (b"<!DOCTYPE html", "a web page", "download the file itself"),
+    (b"<!doctype html", "a web page", "download the file itself"),
 )  # fmt: skip
 
 
 @contextlib.contextmanager
 def file_errors(path: Path) -> Iterator[None]:
+    """Turns every error of opening, unpacking and decoding `path` into a UserError."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -55,19 +65,23 @@ def file_errors(path: Path) -> Iterator[None]:
 
 
 def find_encoding(path: Path, encoding: str) -> str:
-    """The encoding of a file: the user's, or that of its byte order mark. Refuses what is not text."""
+    """The encoding of a file: the user's, or that of its byte order mark.
+
+    Raises UserError for a file that is not text and for an unknown encoding.
+    """
     with open(path, "rb") as file:
         first = file.read(64)
     for magic, kind, command in BINARY_KINDS:
-        if first.lower().startswith(magic.lower()):
-            text, table = path.with_suffix(".jsonl").name, path.with_suffix(".csv").name
-            command = command.format("", path.name, text, table)
+        if first.startswith(magic):
+            jsonl, csv = path.with_suffix(".jsonl").name, path.with_suffix(".csv").name
+            command = command.format(file=path.name, jsonl=jsonl, csv=csv)
             raise UserError(f"{path}: this is {kind}, convert it to text first: {command}")
     try:
-        "a".encode(encoding)
+        "a".encode(encoding)  # looks the name up; fails also for codecs that give no bytes, such as rot13
     except (LookupError, ValueError):
         raise UserError(f"--encoding {encoding!r:.40}: not a known encoding; utf-8, cp1252, latin-1, "
                         "shift_jis and gb18030 are some") from None
+    # a mark is looked for only under the default encoding: who names another one knows the file
     if encoding.lower().replace("_", "-") not in ("utf-8", "utf8", "utf-8-sig"):
         return encoding
     for mark, marked in BYTE_ORDER_MARKS.items():
@@ -82,20 +96,24 @@ def _is_gzip(path: Path) -> bool:
 
 
 def open_text(path: Path, encoding: str) -> io.TextIOWrapper:
-    """Only a line feed ends a line: U+2028, or a carriage return inside a JSON string, does not. A byte that
-    cannot be decoded becomes a lone surrogate, so that read_lines can say where it is."""
+    """A file as text, unpacked if it is gzip."""
     raw: BinaryIO = gzip.open(path) if _is_gzip(path) else open(path, "rb")
     encoding = "utf-8-sig" if encoding == "utf-8" else encoding  # drops the mark at the start
+    # surrogateescape: a byte that cannot be decoded becomes a lone surrogate, so that read_lines can name its line.
+    # newline="\n": U+2028, or a carriage return inside a JSON string, must not end a line.
     return io.TextIOWrapper(raw, encoding=encoding, errors="surrogateescape", newline="\n")
 
 
 def read_lines(path: Path, encoding: str, limit: int = MAX_LINE_BYTES) -> Iterator[Line]:
-    """Number from 1, text with its line end, and the problem of the line (its text is empty then)."""
+    """The lines of a file; a line of more than `limit` characters has a problem and no text.
+
+    Raises UserError for a file that cannot be read, or that is too large once it is unpacked.
+    """
     packed = _is_gzip(path)
     number = total = 0
-    inside = False  # the rest of a line that was too long
+    inside = False  # inside a line that is too long, whose rest is read and thrown away
     with file_errors(path), open_text(path, encoding) as file:
-        while text := file.readline(limit + 1):
+        while text := file.readline(limit + 1):  # one more than the limit shows that a line is too long
             total += len(text)
             if packed and total > MAX_UNPACKED_BYTES:
                 raise UserError(f"{path}: more than {MAX_UNPACKED_BYTES // 2**30} GiB unpacked: "
@@ -108,6 +126,7 @@ def read_lines(path: Path, encoding: str, limit: int = MAX_LINE_BYTES) -> Iterat
 
 
 def _line_problem(text: str, encoding: str, limit: int) -> str:
+    """The reason why a line cannot be used, or ""."""
     if len(text) > limit:
         return f"more than {limit // 2**20} MiB in one line"
     if "\0" in text:
@@ -118,6 +137,6 @@ def _line_problem(text: str, encoding: str, limit: int) -> str:
     if undecoded is None:
         return ""
     before = text[: undecoded.start()].encode(encoding, "surrogateescape")
-    byte = ord(undecoded[0]) - 0xDC00
+    byte = ord(undecoded[0]) - 0xDC00  # surrogateescape adds this to the byte
     return (f"byte {len(before) + 1} ({byte:#04x}) is not {encoding.upper()}: give the file's encoding, "
             "such as --encoding cp1252")

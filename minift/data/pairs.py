@@ -1,4 +1,4 @@
-"""Files -> pairs of prompt and completion, with notes on the rows that were dropped and why."""
+"""Files -> pairs of prompt and completion, with notes on the rows that were dropped, and the reasons."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,12 +18,14 @@ def read_file(path: Path, prompt_field: str | None = None, completion_field: str
               format: FileFormat = PLAIN_FORMAT) -> tuple[list[Pair], list[str]]:
     """The usable pairs of a file in their order, and notes: the layout, rows that were dropped, duplicates.
 
-    Raises UserError for a file that cannot be read, a layout that is not known, no usable row, and, unless
-    `skip_bad`, the first malformed row.
+    Raises UserError for a file that cannot be read, a layout that is not known, a file without a usable row, and,
+    unless `skip_bad`, for the first malformed row.
     """
     options = PairOptions(prompt_field, completion_field, template, turns, join)
-    pairs, bad, layout = [], [], None
-    dropped: dict[str, list[str]] = {}  # reason -> places
+    pairs: list[Pair] = []
+    bad: list[str] = []  # malformed rows, each with its problem
+    dropped: dict[str, list[str]] = {}  # reason -> "train.jsonl:12" of each row
+    layout = None
     records, dialect = read_records(path, format)
     for record in records:
         problem = record.problem
@@ -41,23 +43,36 @@ def read_file(path: Path, prompt_field: str | None = None, completion_field: str
             dropped.setdefault(reason, []).append(record.where)
         else:
             pairs.append(pair)
-    lost = [f"malformed rows skipped: {len(bad):,}, {'; '.join(bad[:3])}"] if bad else []
-    lost += [f"rows dropped for {reason}: {len(places):,}, first {places[0]}"
-             for reason, places in sorted(dropped.items(), reverse=True)]
+
+    lost = _lost_rows(bad, dropped)
     if not pairs:
         raise UserError(f"{path}: no usable row, {'; '.join(lost) or 'the file holds none'}")
-    notes = [f"usable rows: {len(pairs):,}, {layout}" + (f", {dialect}" if dialect else ""), *lost]
+    usable = f"usable rows: {len(pairs):,}, {layout}"
+    if dialect:
+        usable += f", {dialect}"
+    notes = [usable, *lost]
     repeats = len(pairs) - len({(pair.prompt, pair.completion) for pair in pairs})
     if repeats:
         notes.append(f"rows that repeat an earlier one exactly, kept: {repeats:,}")
     return pairs, [f"{path.name}: {note}" for note in notes]
 
 
+def _lost_rows(bad: list[str], dropped: dict[str, list[str]]) -> list[str]:
+    """A line on the malformed rows, and one on each reason to drop rows."""
+    lines = []
+    if bad:
+        lines.append(f"malformed rows skipped: {len(bad):,}, {'; '.join(bad[:3])}")
+    for reason, rows in sorted(dropped.items(), reverse=True):
+        lines.append(f"rows dropped for {reason}: {len(rows):,}, first {rows[0]}")
+    return lines
+
+
 def _read_pair(layout: AnyLayout, fields: dict[str, Any], where: str) -> tuple[Pair, str]:
-    """The pair of a row, and the reason to drop it, or ""."""
+    """The pair of a row, and the reason to drop it, or "". Raises ValueError for a malformed row."""
     pair = layout.read(fields, where)
-    weights = {name: fields[name] for name in WEIGHT_FIELDS if name in fields}
-    if weights and not is_learned({name: weights[name] for name in weights if name not in layout.used}):
+    # a field that the prompt or the completion uses is no weight, even if it is called so
+    weights = {name: fields[name] for name in WEIGHT_FIELDS if name in fields and name not in layout.used}
+    if not is_learned(weights):
         return pair, "a weight of 0"
     if not pair.prompt.strip() and not isinstance(layout, TextLayout):
         return pair, "an empty prompt"
@@ -66,18 +81,20 @@ def _read_pair(layout: AnyLayout, fields: dict[str, Any], where: str) -> tuple[P
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that waits for its completion, and its row."""
+    """The prompt of a row without a completion."""
 
     text: str
-    fields: dict[str, Any]
+    fields: dict[str, Any]  # of the row, all of them
     where: str
     learned: Ranges = field(default=(), compare=False)  # earlier answers of a chat, as in Pair
 
 
 def read_prompts(path: Path, options: PairOptions, format: FileFormat = PLAIN_FORMAT,
                  layout: AnyLayout | None = None) -> Iterator[Prompt]:
-    """The prompts of a file whose rows need no completions, in their order. Without `layout` the first row
-    decides on it. Raises UserError at the first row that gives no prompt."""
+    """The prompts of a file whose rows need no completions, in their order.
+
+    Without `layout`, it is chosen by the first row. Raises UserError at the first row that has no prompt.
+    """
     records, _ = read_records(path, format)
     for record in records:
         problem = record.problem

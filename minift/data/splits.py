@@ -1,4 +1,8 @@
-"""Train, validation and test rows: from the files of a folder, or cut out of one file."""
+"""Train, validation and test rows: from the files of a folder, or cut out of one file.
+
+Splits are cut out by a hash of seed and prompt: all rows of a prompt are in one split, so that no test prompt was
+seen in training.
+"""
 
 import hashlib
 from collections import Counter
@@ -16,12 +20,13 @@ SPLIT_OF_NAME = {
     "eval": "val", "evaluation": "val", "test": "test",
 }  # fmt: skip
 CONVERTIBLE = (".parquet", ".arrow", ".feather", ".orc", ".xlsx", ".xls", ".zip", ".bz2", ".xz", ".zst")
-EXACT_ROWS = 1000  # up to here shares are exact to the row; above, a prompt keeps its split as the file grows
+EXACT_ROWS = 1000  # up to so many rows shares are exact; above, a prompt keeps its split when rows are added
 
 Splits = dict[str, list[Pair]]
 
 
 def parse_split(text: str) -> dict[str, float]:
+    """--split "80,10,10" as percentages of train, val and test. Raises UserError."""
     try:
         shares = [float(share) for share in text.split(",")]
     except ValueError:
@@ -34,26 +39,29 @@ def parse_split(text: str) -> dict[str, float]:
 
 
 def find_split_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """train, val, test -> file, in that order, as far as the folder has them, and a note on unused files.
-    Raises UserError if there is no file to train on, or two for one split."""
+    """train, val and test -> file, as far as a folder has them; and a note on files that are not used.
+
+    Raises UserError if there is no file to train on, or two for one split.
+    """
+    # CONVERTIBLE files cannot be read; they are taken all the same, so that their reader says how to convert them
+    suffixes_of_data = (*SUFFIXES, *CONVERTIBLE, ".")
     try:
-        there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
     files: dict[str, Path] = {}
     unused = []
-    for path in there:
-        stem, *suffixes = path.name.lower().removesuffix(".gz").split(".")
+    for path in paths:
+        stem, _, suffix = path.name.lower().removesuffix(".gz").partition(".")
         name = SPLIT_OF_NAME.get(stem)
-        if name is None or len(suffixes) > 1 or f".{suffixes[-1] if suffixes else ''}" not in (
-                *SUFFIXES, *CONVERTIBLE, "."):
+        if name is None or f".{suffix}" not in suffixes_of_data:
             unused.append(path.name + ("/" if path.is_dir() else ""))
         elif name in files:
             raise UserError(f"{folder}: both {files[name].name} and {path.name} are {name}, keep one of them")
         else:
             files[name] = path
     if "train" not in files:
-        names = ", ".join(path.name for path in there[:8]) or "no file"
+        names = ", ".join(path.name for path in paths[:8]) or "no file"
         raise UserError(f"{folder}: no train.jsonl (or {' '.join(SUFFIXES[1:])}), there is {names}; "
                         "a single file can be given to --data itself")
     notes = []
@@ -64,15 +72,15 @@ def find_split_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def split_key(pair: Pair) -> str:
-    """Rows with the same key stay in one split: those of a prompt, or a text alone."""
+    """Rows with the same key stay in one split: those with the same prompt, or with the same text alone."""
     return pair.prompt or pair.completion
 
 
 def cut_out(file: Path, pairs: list[Pair], shares: dict[str, float], seed: int) -> tuple[Splits, str]:
-    """`pairs` parted into train and the splits of `shares` (percent), whole prompts at a time, and a note.
+    """`pairs` divided into train and the splits of `shares` (in percent), and a note.
 
-    Prompts are sorted by a hash of seed and prompt. A split that its share would leave empty takes one
-    prompt, so that a handful of rows is enough. With fewer prompts than splits every row trains.
+    All rows of a prompt are in one split. Each split gets at least one prompt; if there are too few prompts for
+    that, every row trains. One text alone is cut at line ends.
     """
     sizes = Counter(split_key(pair) for pair in pairs)
     names = ["train", *shares]
@@ -82,6 +90,7 @@ def cut_out(file: Path, pairs: list[Pair], shares: dict[str, float], seed: int) 
         parts = {name: [] for name in names} | {"train": pairs}
         return parts, (f"{file.name}: too few different prompts ({len(sizes)}) for {' + '.join(names)}: "
                        "every row trains, add rows or change --split")
+
     points = {key: _hash_point(seed, key) for key in sizes}
     if len(pairs) <= EXACT_ROWS:
         split_of_key = _split_exactly(sorted(sizes, key=points.__getitem__), sizes, shares)
@@ -104,30 +113,34 @@ def _hash_point(seed: int, key: str) -> float:
 
 
 def _split_exactly(ordered: list[str], sizes: Counter[str], shares: dict[str, float]) -> dict[str, str]:
-    """Shares exact to the row, as far as prompts with several rows allow it."""
-    total = sum(sizes.values())
-    wanted = _round_shares(total, shares)
+    """Splits with the exact number of rows, as far as prompts with several rows allow it.
+
+    `ordered` are the keys by their hash, `sizes` the rows of each key.
+    """
+    target_rows = _round_shares(sum(sizes.values()), shares)
     split_of_key = dict.fromkeys(ordered, "train")
-    free = ordered
-    for left, name in zip(range(len(shares), 0, -1), reversed(shares), strict=True):  # test first
+    free = ordered  # keys that are still in train
+    to_leave = len(shares)  # keys that must be left over: one for each split after this one, and one for train
+    for name in reversed(shares):  # test first, as in _split_by_hash
         taken: list[str] = []
         rows = 0
         for key in free:
-            if rows + sizes[key] <= wanted[name] and len(free) - len(taken) > left:
+            if rows + sizes[key] <= target_rows[name] and len(free) - len(taken) > to_leave:
                 taken.append(key)
                 rows += sizes[key]
         if not taken:  # every prompt has more rows than this split should have
             taken = [min(free, key=sizes.__getitem__)]
+        to_leave -= 1
         split_of_key |= dict.fromkeys(taken, name)
         free = [key for key in free if split_of_key[key] == "train"]
     return split_of_key
 
 
 def _round_shares(total: int, shares: dict[str, float]) -> dict[str, int]:
-    """Rows of each split: the largest remainders are rounded up, so that they sum up to `total`."""
+    """The number of rows of each split, at least 1. The largest remainders are rounded up until all rows are used."""
     exact = {"train": total * (100 - sum(shares.values())) / 100}
     exact |= {name: total * share / 100 for name, share in shares.items()}
-    rows = {name: int(value + 1e-6) for name, value in exact.items()}
+    rows = {name: int(value + 1e-6) for name, value in exact.items()}  # 1e-6: 7.9999999 by rounding errors is 8
     by_remainder = sorted(exact, key=lambda name: rows[name] - exact[name])
     for name in by_remainder[: total - sum(rows.values())]:
         rows[name] += 1
@@ -135,38 +148,50 @@ def _round_shares(total: int, shares: dict[str, float]) -> dict[str, int]:
 
 
 def _split_by_hash(points: dict[str, float], shares: dict[str, float]) -> dict[str, str]:
-    """A prompt's hash alone says its split: it keeps it when other rows come or go."""
+    """Splits by ranges of the hash: with 10 % test and 10 % val, test has the hashes in 0..0.1, val those in 0.1..0.2.
+
+    A prompt keeps its split when other rows are added or removed.
+    """
     ordered = sorted(points, key=points.__getitem__)
     values = np.sort(list(points.values()))
     split_of_key = dict.fromkeys(points, "train")
     begin, share = 0, 0.0
-    for left, name in zip(range(len(shares), 0, -1), reversed(shares), strict=True):  # test first
+    to_leave = len(shares)  # as in _split_exactly
+    for name in reversed(shares):  # test first, so that the share of val does not change it
         share += shares[name] / 100
         end = int(np.searchsorted(values, share))
-        end = min(max(end, begin + 1), len(ordered) - left)  # one prompt for each of the splits still to come
+        end = min(max(end, begin + 1), len(ordered) - to_leave)
         split_of_key |= dict.fromkeys(ordered[begin:end], name)
         begin = end
+        to_leave -= 1
     return split_of_key
 
 
 def _cut_text(file: Path, pair: Pair, shares: dict[str, float]) -> tuple[Splits, str]:
-    """One text cut into consecutive parts at line ends: the first trains, the last is the test's."""
+    """One text cut at line ends into consecutive parts: train, then the splits of `shares`. And a note."""
     text = pair.completion
-    parts: Splits = {"train": [], **{name: [] for name in shares}}
-    begin, share = 0, 100 - sum(shares.values())
-    for name, following in zip(parts, [*shares.values(), 0.0], strict=True):
-        end = len(text) * share / 100
-        at = len(text) if share >= 100 - 1e-6 else text.find("\n", int(end)) + 1 or int(end)
-        part = text[begin:at]
+    percents = {"train": 100 - sum(shares.values()), **shares}
+    parts: Splits = {name: [] for name in percents}
+    sizes = []
+    begin, percent = 0, 0.0  # of the text, before the part
+    for name in percents:
+        percent += percents[name]
+        end = int(len(text) * percent / 100)
+        if percent >= 100 - 1e-6:
+            end = len(text)
+        else:
+            end = text.find("\n", end) + 1 or end  # find gives -1 if no line ends after it
+        part = text[begin:end]
         if part.strip():
             line = text[:begin].count("\n") + 1
             parts[name].append(Pair("", part, f"{pair.where.rpartition(':')[0]}:{line}"))
-        begin, share = at, share + following
-    sizes = ", ".join(f"{name} {sum(len(row.completion) for row in rows):,}" for name, rows in parts.items())
-    return parts, f"{file.name}: one text, cut in order at line ends, characters: {sizes}"
+        sizes.append(f"{name} {sum(len(row.completion) for row in parts[name]):,}")
+        begin = end
+    return parts, f"{file.name}: one text, cut in order at line ends, characters: {', '.join(sizes)}"
 
 
 def overlap_notes(splits: Splits) -> list[str]:
+    """A line for each two splits that have prompts in common."""
     prompts = {name: {split_key(pair) for pair in pairs} for name, pairs in splits.items()}
     shared = {(a, b): len(prompts[a] & prompts[b]) for a, b in combinations(splits, 2)}
     return [f"{b}: {count:,} of its {len(prompts[b]):,} different prompts are also in {a}"

@@ -1,7 +1,7 @@
-r"""A template is a list of texts and field names, and nothing more: nothing in it is ever executed.
+r"""A template is a list of texts and names of fields. Nothing in it is ever executed, unlike with str.format.
 
-{name} is a field; {?name: ...} is used only where that field is not blank, and may hold {fields} itself;
-{{ and }} are braces; a typed \n is a line end.
+{name} is a field. {?name: ...} is optional: it is used only if that field is not blank, and may hold {fields}.
+{{ and }} are braces. The two characters \n are a line end, as a shell passes them on.
 """
 
 import re
@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 from minift.data.records import HALF_CHARACTERS, field_text, is_blank
 from minift.errors import UserError
 
-NAME = r"(?:[^\W\d]|#)[\w #-]*"
+NAME = r"(?:[^\W\d]|#)[\w #-]*"  # a letter, _ or #, then also digits, spaces and hyphens
+# {?name: then any of: a character that is no brace, {{, }}, {field}; then }
 OPTIONAL = re.compile(rf"\{{\?({NAME}):((?:[^{{}}]|\{{\{{|\}}\}}|\{{[^{{}}]*\}})*)\}}")
+# {{ or }} or {anything without braces} or a lone brace or a text without braces: together all of a template
 TOKENS = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
 
 
@@ -25,7 +27,7 @@ class Part(NamedTuple):
 
 @cache
 def parse_template(template: str) -> tuple[Part, ...]:
-    """The parts of a template. All else in braces (attributes, indices, formats) raises UserError."""
+    """The parts of a template. Raises UserError for a lone brace, and for anything in braces that is no name."""
     if HALF_CHARACTERS.search(template):
         raise UserError(f"--template {template!a:.80}: not valid text, give it in UTF-8")
     parts: list[Part] = []
@@ -39,7 +41,7 @@ def parse_template(template: str) -> tuple[Part, ...]:
 
 
 def _optionals(template: str) -> Iterator[re.Match[str]]:
-    """The {?name: ...} of a template; the brace of an escaped {{ begins none."""
+    """The matches of {?name: ...} in a template. Not OPTIONAL.finditer: it would find one inside {{?name: ...}}."""
     begin = 0
     while begin < len(template):
         if template.startswith(("{{", "}}"), begin):
@@ -52,7 +54,7 @@ def _optionals(template: str) -> Iterator[re.Match[str]]:
 
 
 def _parse_plain(template: str, piece: str, offset: int) -> list[Part]:
-    """The parts of a piece without optional ones; `offset` is its place in the template."""
+    """The parts of a piece of a template that has no optional parts; `offset` is where the piece begins."""
     parts = []
     for match in TOKENS.finditer(piece):
         token, name = match[0], match[1]
@@ -70,6 +72,7 @@ def _parse_plain(template: str, piece: str, offset: int) -> list[Part]:
 
 
 def rename_fields(parts: tuple[Part, ...], names: dict[str, str]) -> tuple[Part, ...]:
+    """The same parts with the fields of `names` (old name -> new name) renamed."""
     renamed = []
     for text, is_field, only_with in parts:
         text = names.get(text, text) if is_field else text
@@ -79,6 +82,7 @@ def rename_fields(parts: tuple[Part, ...], names: dict[str, str]) -> tuple[Part,
 
 def used_fields(parts: tuple[Part, ...]) -> list[str]:
     """The names of all fields, each once."""
+    # dict.fromkeys drops repeated names and keeps the order
     return list(dict.fromkeys(part.text for part in parts if part.is_field))
 
 
@@ -88,7 +92,7 @@ def needed_fields(parts: tuple[Part, ...]) -> list[str]:
 
 
 def fill(parts: tuple[Part, ...], fields: dict[str, Any]) -> str:
-    """The text; "" if all fields in it are blank. Raises ValueError for a field that cannot be used."""
+    """The text of a row; "" if all its fields are blank. Raises ValueError for a field that cannot be used."""
     texts = []
     blank = True
     for part in parts:

@@ -1,4 +1,4 @@
-"""The one writer of files, which is atomic, and the one reader of JSON files."""
+"""The one writer of files, which is atomic: a reader sees the old file or the new one. And the one reader of JSON."""
 
 import contextlib
 import json
@@ -18,12 +18,12 @@ JSON_NAMES = {dict: "an object", list: "a list", str: "a string"}
 def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
     """Replace a file by these bytes-like chunks.
 
-    A failure or a crash at any moment leaves the previous file whole. Of several processes rank 0 alone writes. Raises
-    UserError when the disk refuses.
+    A failure or a crash at any moment leaves the previous file as it was. Of several processes only rank 0 writes.
+    Raises UserError for any error of the disk.
     """
     if not is_main():
         return
-    # in the same folder, so that it lies on the same file system and can be renamed
+    # in the same folder, since a file can be renamed only within a file system
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -36,10 +36,11 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written: {reason}; a previous file is untouched") from None
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # there is none after a success
             temporary.unlink(missing_ok=True)
 
-    # the new name reaches the disk with its folder; where a system cannot sync folders, either file is whole
+    # The new name is on the disk once its folder is synced. Windows cannot do that (no O_DIRECTORY), nor can some file
+    # systems; after a power cut they have the old file or the new one, both complete.
     with contextlib.suppress(OSError, AttributeError):
         descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -67,7 +68,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     try:
         if not path.is_file():  # open() would wait on a pipe
             raise UserError(f"{path} is missing")
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # -sig: editors on Windows put a mark in front
     except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, kind):

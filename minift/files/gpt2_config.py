@@ -13,9 +13,10 @@ from minift.errors import UserError
 from minift.files.atomic import read_json
 from minift.model.gpt import ACTIVATIONS, GPTConfig
 
-MAX_LAYERS = 1000
+MAX_LAYERS = 1000  # a file that asks for a billion layers would fill the memory with modules
 OWN_TYPE = "minift"  # model_type of a saved model whose configuration has more than GPT-2's fields
 
+# the fields of GPTConfig that transformers' GPT2Config has, too
 GPT2_FIELDS = {
     "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function",
     "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "eos_token_id",
@@ -35,8 +36,8 @@ OTHER_ACTIVATIONS = {  # transformers' further names for a function in ACTIVATIO
     "swish": "silu",
 }
 
-# Parts of words that name an architecture. A field with such a name that GPT-2 does not have is refused:
-# transformers would pass over it, and then compute something else than the file describes.
+# Parts of names that speak of an architecture. A field with such a name that GPT-2 does not have is refused:
+# transformers ignores it, and computes another model than the file describes.
 ARCHITECTURE = re.compile(
     r"attn|attention|head|layer|emb|hidden|position|rope|rotary|alibi|norm|activation|inner|ffn|mlp|window"
     r"|expert|residual|qkv|scal|epsilon|bias|quantization|sparse|^[nd]_|_ctx|seq_len|block_size"
@@ -48,11 +49,12 @@ HARMLESS = {  # fields with such a name that change no logits
     "keys_to_ignore_at_inference", "output_router_logits", "attention_softmax_in_fp32",
     "scale_attention_softmax_in_fp32", "renormalize_logits", "sequence_bias",
 }  # fmt: skip
-OFF = (None, False, 0, "", [], {}, "absolute")  # "absolute": GPT-2's own kind of position embedding
+# Values with which a field has no effect. "absolute" is the kind of position embedding that GPT-2 has.
+OFF = (None, False, 0, "", [], {}, "absolute")
 
 
 def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
-    """The configuration of a model's folder, and the whole config.json. Raises UserError."""
+    """The configuration of a model's folder, and its parsed config.json. Raises UserError."""
     path = folder / "config.json"
     raw = read_json(path, dict)
     return parse_config(raw, str(path)), raw
@@ -61,7 +63,7 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
 def parse_config(raw: dict[str, Any], where: str) -> GPTConfig:
     """A parsed config.json as a GPTConfig; errors begin with `where`.
 
-    The end-of-text is not read: see special_tokens.end_of_text. Raises UserError for what is not GPT-2.
+    eos_token_id is not read here, see special_tokens.end_of_text. Raises UserError for anything but a GPT-2.
     """
     check_model_type(raw, where)
     raw = use_gpt2_names(raw, where)
@@ -85,6 +87,7 @@ def parse_config(raw: dict[str, Any], where: str) -> GPTConfig:
 
 
 def check_model_type(raw: dict[str, Any], where: str) -> None:
+    """Raises UserError if a config.json is of another architecture."""
     kind = raw.get("model_type")
     if kind in ("gpt2", OWN_TYPE):
         return
@@ -97,7 +100,7 @@ def check_model_type(raw: dict[str, Any], where: str) -> None:
 
 
 def use_gpt2_names(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """The same fields with n_embd for hidden_size, and so on."""
+    """The same fields under GPT-2's names: n_embd for hidden_size, and so on. Raises UserError."""
     result = dict(raw)
     for other, name in OTHER_NAMES.items():
         if other not in result:
@@ -143,10 +146,10 @@ def check_unknown_fields(raw: dict[str, Any], known: dict[str, Any], where: str)
 
 
 def saved_config(raw: dict[str, Any], config: GPTConfig, eos_token_id: int | None) -> dict[str, Any]:
-    """The config.json of a saved model; `raw` is its base's, whose other fields are kept.
+    """The config.json of a saved model. `raw` is the config.json of its base, whose other fields are kept.
 
-    The file says gpt2 only if GPT-2's fields describe the model. A GPTConfig that has more fields, and uses
-    them, is saved under a type of its own, which transformers does not know.
+    The model_type is gpt2 only if GPT-2's fields describe the model. A reader who adds a field to GPTConfig, and uses
+    it, gets another model_type, which transformers refuses.
     """
     result = {name: value for name, value in raw.items() if name not in OTHER_NAMES}
     result.pop("torch_dtype", None)  # the older name of dtype
@@ -160,7 +163,8 @@ def saved_config(raw: dict[str, Any], config: GPTConfig, eos_token_id: int | Non
             is_gpt2 = False
     result["model_type"] = "gpt2" if is_gpt2 else OWN_TYPE
     result["architectures"] = ["GPT2LMHeadModel" if is_gpt2 else "GPT"]
-    kept = raw.get("eos_token_id")  # may be a list
+    # a base may list several end-of-text tokens: the list is kept if it has the one that was trained
+    kept = raw.get("eos_token_id")
     is_kept = eos_token_id is None or kept == eos_token_id or isinstance(kept, list) and eos_token_id in kept
     result["eos_token_id"] = kept if is_kept else eos_token_id
     return result

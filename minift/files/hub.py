@@ -12,15 +12,15 @@ from minift.model.gpt import GPTConfig
 try:
     from huggingface_hub import snapshot_download
 except ImportError:
-    snapshot_download = None  # only names of the Hub need it
+    snapshot_download = None  # no folder needs it; `fetch` says so if a name of the Hub does
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A model that has a name of its own; `repository` is None where no weights are published."""
+    """A model with a short name."""
 
     config: GPTConfig
-    repository: str | None
+    repository: str | None  # OWNER/NAME of the Hub; None: its weights are not published
 
 
 PRESETS = {
@@ -29,7 +29,7 @@ PRESETS = {
     "gpt2-large": Preset(GPTConfig(n_embd=1280, n_layer=36, n_head=20), "openai-community/gpt2-large"),
     "gpt2-xl": Preset(GPTConfig(n_embd=1600, n_layer=48, n_head=25), "openai-community/gpt2-xl"),
     "distilgpt2": Preset(GPTConfig(n_layer=6), "distilbert/distilgpt2"),
-    # Brown et al. 2020, for planning
+    # Brown et al. 2020, table 2.1; for train.py --plan alone
     "gpt3-175b": Preset(GPTConfig(n_embd=12288, n_layer=96, n_head=96, n_positions=2048), None),
 }
 HUB_NAMES = [name for name, preset in PRESETS.items() if preset.repository is not None]
@@ -47,6 +47,7 @@ def find_folder(name: str) -> Path:
     """
     if name in HUB_NAMES:
         return download(name, PRESETS[name].repository, None)
+    # a path has a slash or begins with . or ~: a misspelled preset is then never taken for a folder
     if not re.search(r"[/\\]|^[.~]", name):
         hint = f" (a folder of that name is here: write ./{name})" if Path(name).is_dir() else ""
         raise UserError(f"--model {name}: not a model of the Hub that is known here: {', '.join(HUB_NAMES)}"
@@ -63,25 +64,25 @@ def find_folder(name: str) -> Path:
 
 
 def download(name: str, repository: str, revision: str | None) -> Path:
-    """A model of the Hub, from the cache or over the network.
-
-    The configuration comes first: what is not a GPT-2 is refused before its weights are fetched. Raises
-    UserError.
-    """
+    """The folder of a model of the Hub, from the cache or over the network. Raises UserError."""
+    # the configuration first: another architecture is refused before gigabytes of weights are fetched
     folder = fetch(name, repository, revision, ["config.json"])
     if not (folder / "config.json").is_file():
         raise UserError(f"--model {name}: this repository of the Hub has no config.json, so it is no GPT-2 "
                         "that can be loaded")
     read_config(folder)
     fetch(name, repository, revision, [*SMALL_FILES, *SAFETENSORS])
+    # many repositories have the same weights in both formats: the second one only if it is needed
     if not any((folder / file).is_file() for file in SAFETENSORS[:2]):
         fetch(name, repository, revision, BIN)
     return folder
 
 
 def fetch(name: str, repository: str, revision: str | None, files: list[str]) -> Path:
-    """The snapshot's folder, with the files of these patterns as far as the repository has them. Raises
-    UserError."""
+    """The folder of a repository's snapshot, with those of its files that match the patterns `files`.
+
+    `name` is the user's, for the message. Raises UserError.
+    """
     problem = f"--model {name}" if name in PRESETS else f"--model {name}: there is no such folder, and it"
     folder = name.partition("@")[0].rpartition("/")[2]
     by_hand = ("put config.json, model.safetensors, vocab.json and merges.txt of "
@@ -91,7 +92,7 @@ def fetch(name: str, repository: str, revision: str | None, files: list[str]) ->
                         f"or {by_hand}")
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
-    except Exception as error:  # a network can fail in many ways, and each of them has the same remedy
+    except Exception as error:  # a network fails in many ways, and the remedy is always the same
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{problem} could not be fetched from the Hub ({why}); without a network, "
                         f"{by_hand}") from None

@@ -1,11 +1,11 @@
 """The safetensors format: 8 bytes of header length (little-endian), a JSON header, the tensors' bytes.
 
 Format: https://github.com/huggingface/safetensors. The reader checks every length, type and range against the
-file's size before it makes a tensor. Tensors are memory-mapped: they cost no memory until they are used.
+file's size before it makes a tensor. Tensors are memory-mapped: they take no memory until they are used.
 
-Stricter than the safetensors package, which accepts: white space before the header, a name given twice, keys
-beside dtype, shape and data_offsets, an entry that is a list, a null `__metadata__`, more than 64 dimensions,
-an empty tensor whose other dimensions make 2**60 bytes, and dtypes that are not in DTYPES.
+The reader refuses some files that the safetensors package accepts: white space before the header, a name given twice,
+keys beside dtype, shape and data_offsets, an entry that is a list, a null `__metadata__`, more than 64 dimensions, an
+empty tensor whose other dimensions make 2**60 bytes, and dtypes that are not in DTYPES.
 """
 
 import json
@@ -31,6 +31,9 @@ MAX_HEADER_BYTES = 100_000_000  # the package's limit
 MAX_DIMENSIONS = 64  # torch's limit
 
 
+# ---- reading
+
+
 class Entry(NamedTuple):
     """One tensor of the header; begin and end count bytes after the header."""
 
@@ -44,7 +47,7 @@ class Entry(NamedTuple):
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file by name, in the order of their bytes, and its metadata.
 
-    Changes to a tensor never reach the file. Raises UserError for a missing file or any flaw in it.
+    Changes of a tensor never change the file. Raises UserError for a missing file or any flaw in it.
     """
     path = Path(path)
     try:
@@ -65,10 +68,11 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_header(file: BinaryIO, size: int) -> dict[str, Any]:
-    """The header's JSON object; the file is left at the first byte after it. ValueError: the flaw."""
+    """The header's JSON object; the file's position is then the first byte after it. Raises ValueError."""
     if size < 8:
         raise ValueError(f"{size} bytes are too few, a header length alone takes 8")
     length = int.from_bytes(file.read(8), "little")
+    # checked before anything is read: a damaged length may be 2**63
     if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
         raise ValueError(f"a header of {length} bytes in a file of {size} (limit {MAX_HEADER_BYTES})")
     text = file.read(length).decode("utf-8")
@@ -79,6 +83,7 @@ def read_header(file: BinaryIO, size: int) -> dict[str, Any]:
 
 
 def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary of unique keys; Python's parser would keep the last of two equal keys. Raises ValueError."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -89,14 +94,15 @@ def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_size(text: str) -> int:
-    """Every number in a header is a size. int() alone would accept -0, and is slow on long numbers."""
+    """Every integer in a header is a size. int() alone would accept -0, and is slow on long numbers."""
     if text.startswith("-") or len(text) > 19:
-        raise ValueError(f"{text:.40} is not a size")
+        raise ValueError(f"{text:.40} is not a size")  # 19 digits: up to 2**63
     return int(text)
 
 
 def refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")  # Python's parser accepts NaN and Infinity
+    """Raises ValueError for NaN and Infinity, which Python's parser accepts and JSON does not have."""
+    raise ValueError(f"{text} is not JSON")
 
 
 def show(value: Any) -> str:
@@ -104,19 +110,21 @@ def show(value: Any) -> str:
 
 
 def check_metadata(metadata: Any) -> dict[str, str]:
+    """The same metadata if it maps strings to strings. Raises ValueError."""
     if not isinstance(metadata, dict):
         raise ValueError(f"__metadata__ is not an object: {show(metadata)}")
     for key, value in metadata.items():
         if not isinstance(value, str):
             raise ValueError(f"__metadata__ {show(key)} is not text: {show(value)}")
-        value.encode("utf-8")
+        value.encode("utf-8")  # raises ValueError on half a surrogate pair, as in make_object
     return metadata
 
 
 def check_entries(header: dict[str, Any], data_bytes: int) -> list[Entry]:
-    """The entries in the order of their bytes; together they cover the data once. ValueError: the flaw."""
-    entries = sorted((parse_entry(name, value) for name, value in header.items()), key=lambda e: e[:2])
-    covered = 0
+    """The entries in the order of their bytes. Raises ValueError unless they cover each byte of the data once."""
+    entries = [parse_entry(name, value) for name, value in header.items()]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))  # the end, since an empty tensor begins where another does
+    covered = 0  # bytes from the beginning that belong to a tensor
     for entry in entries:
         if entry.begin != covered:
             flaw = "overlaps the tensor before it" if entry.begin < covered else "leaves a hole before it"
@@ -130,7 +138,7 @@ def check_entries(header: dict[str, Any], data_bytes: int) -> list[Entry]:
 
 
 def parse_entry(name: str, value: Any) -> Entry:
-    """One checked entry. ValueError: the flaw."""
+    """One entry of the header, checked by itself. Raises ValueError."""
     where = f"tensor {show(name)}:"
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where} not an object of dtype, shape and data_offsets: {show(value)}")
@@ -143,7 +151,7 @@ def parse_entry(name: str, value: Any) -> Entry:
         raise ValueError(f"{where} data_offsets {show(offsets)} are not [begin, end] with begin <= end")
 
     itemsize = DTYPES[dtype].itemsize
-    # zeros are left out of this product: the strides of an empty tensor must not overflow either
+    # zeros are left out of this product, since torch computes strides of an empty tensor too, and they may overflow
     if len(shape) > MAX_DIMENSIONS or itemsize * math.prod(dim for dim in shape if dim) >= 2**60:
         raise ValueError(f"{where} shape {show(shape)} is too large")
     needed, given = itemsize * math.prod(shape), offsets[1] - offsets[0]
@@ -158,11 +166,12 @@ def is_list_of_sizes(value: Any) -> bool:
 
 
 def map_tensor(file: BinaryIO, begin: int, entry: Entry) -> Tensor:
-    """One tensor, mapped on its own, so that its pages are freed with the tensor."""
+    """One tensor of the file. Each has a mapping of its own, so that its pages are freed with the tensor."""
     count = entry.end - entry.begin
     if count == 0:
         return torch.empty(entry.shape, dtype=entry.dtype)  # an empty range cannot be mapped
     skipped = begin % mmap.ALLOCATIONGRANULARITY  # a mapping begins at a multiple of this
+    # ACCESS_COPY: a changed page is copied and never written back
     mapping = mmap.mmap(file.fileno(), skipped + count, access=mmap.ACCESS_COPY, offset=begin - skipped)
     raw = torch.frombuffer(mapping, dtype=torch.uint8, count=count, offset=skipped)
     if entry.dtype is torch.bool:
@@ -172,12 +181,15 @@ def map_tensor(file: BinaryIO, begin: int, entry: Entry) -> Tensor:
     return raw.view(entry.dtype).view(entry.shape)
 
 
+# ---- writing
+
+
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a file atomically, one tensor in memory at a time.
 
-    Raises UserError when the disk refuses, ValueError for a tensor or metadata that the format cannot hold.
+    Raises UserError for an error of the disk, ValueError for a tensor or metadata that the format cannot hold.
     """
-    # largest items first, which aligns every tensor, then by name
+    # dtypes with large items first: so each tensor begins at a multiple of its item size
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": check_metadata(dict(metadata))} if metadata else {}
     end = 0
@@ -189,7 +201,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         dtype = DTYPE_NAMES[tensor.dtype]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {len(text)} bytes is above the limit of {MAX_HEADER_BYTES}")
 

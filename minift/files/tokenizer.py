@@ -1,7 +1,8 @@
 """A folder's tokenizer, with the token ids that transformers gives for the same folder.
 
 Files: tokenizer.json, or vocab.json and merges.txt, or vocab.txt (BERT's); beside them tokenizer_config.json,
-added_tokens.json and special_tokens_map.json. Their meaning follows transformers 5 (AutoTokenizer).
+added_tokens.json and special_tokens_map.json. Their meaning follows transformers 5 (AutoTokenizer), also where it is
+surprising: a base must be given the token ids that it was trained on.
 """
 
 import json
@@ -14,12 +15,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from minift.errors import UserError, tokenizer_faults
 from minift.files.atomic import read_json
 
-FILES = (  # all that a saved folder must have to be tokenized as its base is
+FILES = (  # are copied into a saved folder, so that it has the same tokens as its base
     "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tokenizer_config.json",
     "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-DEFAULTS = {  # by transformers' class
+DEFAULTS = {  # special tokens that no file has to name, by transformers' class
     "GPT2Tokenizer": {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")},
     "BertTokenizer": {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
                       "mask_token": "[MASK]"},
@@ -28,18 +29,18 @@ DEFAULTS = {  # by transformers' class
 
 @dataclass
 class Settings:
-    """What the small files say of a tokenizer. Tokens of `added` are listed by the id in the file."""
+    """The content of the small files beside a vocabulary."""
 
     options: dict[str, Any] = field(default_factory=dict)  # tokenizer_config.json
-    named: dict[str, AddedToken | None] = field(default_factory=dict)  # such as eos_token; None: null there
+    named: dict[str, AddedToken | None] = field(default_factory=dict)  # such as eos_token; None: null in the file
     extra: list[AddedToken] = field(default_factory=list)  # special tokens without a name
-    added: dict[int, AddedToken] = field(default_factory=dict)
+    added: dict[int, AddedToken] = field(default_factory=dict)  # by the id in the file
     built_in: list[AddedToken] = field(default_factory=list)  # of a tokenizer.json that is taken as it is
     notes: list[str] = field(default_factory=list)  # lines to print
 
     @property
     def kind(self) -> str:
-        """The class that transformers takes."""
+        """The tokenizer's class in transformers."""
         return str(self.options.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
 
     def text(self, name: str) -> str | None:
@@ -71,7 +72,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int
         tokenizer.encode_special_tokens = settings.options.get("split_special_tokens") is True
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        tokenizer.decode(tokenizer.encode("It works.").ids)
+        tokenizer.decode(tokenizer.encode("It works.").ids)  # damage shows here, and not in the middle of a run
     if left_out:
         some = ", ".join(f"{text!r:.40}" for text in left_out[:5])
         settings.notes.append(f"{folder}: {len(left_out)} tokens of the tokenizer are left out, since the "
@@ -80,7 +81,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int
 
 
 def read_settings(folder: Path, config: dict[str, Any]) -> Settings:
-    """The small files. Raises UserError, or any error of malformed values."""
+    """The small files. Raises UserError, or for malformed values any error: the caller turns it into one."""
     options = read_optional(folder / "tokenizer_config.json")
     options.setdefault("tokenizer_class", config.get("tokenizer_class"))
     declared = dict(options)
@@ -95,7 +96,7 @@ def read_settings(folder: Path, config: dict[str, Any]) -> Settings:
 
     read_added_tokens(folder, settings)
 
-    # a token that is added and has a role has one set of flags
+    # A token may be listed twice, with an id and by its name: the flags beside the id count. A named one is special.
     by_text = {token.content: token for token in settings.added.values()}
     for name, token in settings.named.items():
         if token is not None:
@@ -107,7 +108,10 @@ def read_settings(folder: Path, config: dict[str, Any]) -> Settings:
 
 
 def read_added_tokens(folder: Path, settings: Settings) -> None:
-    """Fill settings.added and settings.built_in, from the newest place that lists added tokens."""
+    """Fill settings.added and settings.built_in.
+
+    Added tokens are listed in tokenizer_config.json since 2023, before that in added_tokens.json.
+    """
     raw = read_optional(folder / "tokenizer.json")
     built_in = {int(token["id"]): make_token(token) for token in raw.get("added_tokens") or []}
     if not takes_vocabulary_only(settings, raw):
@@ -125,11 +129,12 @@ def read_added_tokens(folder: Path, settings: Settings) -> None:
 
 
 def extra_tokens(options: dict[str, Any], declared: dict[str, Any]) -> list[Any]:
-    """Special tokens beside those of NAMED: of a name that only this model has, or of none."""
+    """Special tokens that are not in NAMED: with a name that only this model has, or without a name."""
     tokens = []
     for name, value in declared.items():
         if name.endswith("_token") and name not in NAMED and isinstance(value, str | dict):
             tokens.append(value)
+    # transformers 5 has extra_special_tokens, a list or an object; older versions have additional_special_tokens
     extra = options.get("extra_special_tokens") or []
     if isinstance(extra, dict):
         tokens += extra.values()
@@ -142,11 +147,15 @@ def extra_tokens(options: dict[str, Any], declared: dict[str, Any]) -> list[Any]
 
 
 def takes_vocabulary_only(settings: Settings, raw: dict[str, Any]) -> bool:
-    """Whether transformers takes vocabulary, merges and template from a tokenizer.json, and nothing else."""
+    """Whether transformers reads only vocabulary, merges and template of a tokenizer.json.
+
+    Its GPT2Tokenizer sets up normalizer, pre-tokenizer and decoder itself.
+    """
     return settings.kind == "GPT2Tokenizer" and (raw.get("model") or {}).get("type", "BPE") == "BPE"
 
 
 def read_optional(path: Path) -> dict[str, Any]:
+    """A JSON object, {} if the file is missing. Raises UserError."""
     return read_json(path, dict) if path.is_file() else {}
 
 
@@ -162,11 +171,11 @@ def make_token(token: Any, special: bool = False) -> AddedToken:
 
 
 def read_vocabulary(folder: Path, settings: Settings) -> Tokenizer | None:
-    """The tokenizer without added tokens."""
+    """The tokenizer without added tokens, or None if the folder has no vocabulary."""
     space = settings.options.get("add_prefix_space") is True
     raw = read_optional(folder / "tokenizer.json")
     if raw:
-        raw["added_tokens"] = []
+        raw["added_tokens"] = []  # add_tokens adds them, in transformers' order
         if takes_vocabulary_only(settings, raw):
             model = raw["model"]
             if raw.get("normalizer") or (raw.get("pre_tokenizer") or {}).get("type") != "ByteLevel":
@@ -193,10 +202,12 @@ def read_vocabulary(folder: Path, settings: Settings) -> Tokenizer | None:
 
 
 def read_word_pieces(path: Path, settings: Settings) -> Tokenizer:
-    """BERT's tokenizer, which many Chinese GPT-2s have. A line of the file is a token."""
+    """BERT's tokenizer, which many Chinese GPT-2s have. Each line of the file is a token, its number the id."""
     options = settings.options
     lines = path.read_text(encoding="utf-8").split("\n")
-    vocab = {text: number for number, text in enumerate(lines) if text or number < len(lines) - 1}
+    if not lines[-1]:
+        lines.pop()  # after the last line end; any other empty line is a token
+    vocab = {text: number for number, text in enumerate(lines)}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=settings.text("unk_token")))
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
@@ -210,8 +221,10 @@ def read_word_pieces(path: Path, settings: Settings) -> Tokenizer:
 
 
 def add_tokens(tokenizer: Tokenizer, settings: Settings, vocab_size: int) -> list[str]:
-    """Add the control tokens that the files list. Those whose ids exceed the vocabulary are left out, and
-    returned."""
+    """Add the tokens that the files list, in transformers' order, which decides on the ids of new tokens.
+
+    Returns the tokens that are left out, since `vocab_size` has no id for them.
+    """
     tokens = list(settings.built_in)
     tokens += [token for _, token in sorted(settings.added.items()) if token not in settings.built_in]
     listed = {token.content for token in tokens}
@@ -224,23 +237,25 @@ def add_tokens(tokenizer: Tokenizer, settings: Settings, vocab_size: int) -> lis
             tokens.append(token)
     tokens += [token for token in settings.extra if token.content not in listed]
 
-    left_out, possible = set(), {}
+    left_out: set[str] = set()
+    possible: dict[str, AddedToken] = {}
     next_id = tokenizer.get_vocab_size(with_added_tokens=False)
     for token in tokens:
+        # a token that the vocabulary has keeps its id there
         if token.content not in possible and tokenizer.token_to_id(token.content) is None:
             if next_id >= vocab_size:
                 left_out.add(token.content)
                 continue
             next_id += 1
-        possible[token.content] = token  # of two with the same text the later one counts
+        possible[token.content] = token  # of two tokens with the same text the later one counts
     tokenizer.add_tokens(list(possible.values()))
     return sorted(left_out)
 
 
 def add_template(tokenizer: Tokenizer, folder: Path, settings: Settings) -> None:
-    """Let the tokenizer put special tokens around a text, where its class or the settings say so."""
-    if (folder / "tokenizer.json").is_file():  # has its own template, and the two options are not read
-        return
+    """Let the tokenizer put special tokens around a text, if its class or the settings say so."""
+    if (folder / "tokenizer.json").is_file():
+        return  # it holds a template already, and transformers does not read the two options then
     first = last = ""
     if settings.kind == "BertTokenizer":
         first, last = "cls_token", "sep_token"
@@ -248,12 +263,12 @@ def add_template(tokenizer: Tokenizer, folder: Path, settings: Settings) -> None
         first = "bos_token"
     if settings.options.get("add_eos_token") is True:
         last = "eos_token"
-    pieces, special = ["$A"], []
-    for name, place in ((first, 0), (last, 2)):
+    template, special = ["$A"], []  # $A is the text
+    for name, index in ((first, 0), (last, 2)):
         text = settings.text(name)
         number = None if text is None else tokenizer.token_to_id(text)
         if number is not None:
-            pieces.insert(place, text)
+            template.insert(index, text)  # index 2 is the end, with or without a first token
             special.append((text, number))
     if special:
-        tokenizer.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=special)
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)

@@ -1,7 +1,7 @@
 """GPT-2 weights in and out: a Hugging Face folder, or a model of the Hub by name.
 
-Loading compares names and shapes exactly and names every difference. Files keep GPT-2's Conv1D layout, (in,
-out); the model's linear layers are (out, in), so the four kinds of matrix below are transposed.
+Loading compares names and shapes exactly, and an error names every difference. GPT-2's files have its matrices as
+(in, out), from its layer Conv1D; the model's linear layers have (out, in). So the four kinds of CONV1D are transposed.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from minift.files.tokenizer import load_tokenizer
 from minift.model.gpt import GPT, GPTConfig, compare_shapes
 
 CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
-MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old files carry along
+MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks, which old files hold as tensors
 TIED_HEADS = ("lm_head.weight", "lm_head.decoder.weight")  # names of the token embedding as output head
 GPT2_MODULES = ("transformer", "wte", "wpe", "h", "ln_f", "lm_head")
 OTHER_HEADS = ("multiple_choice_head", "score", "classifier", "qa_outputs", "v_head")
@@ -35,34 +35,29 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base: the model, and where it comes from.
+    """A loaded base: the model, and its source."""
 
-    The model is frozen, in fp32, on the CPU or on the meta device. `name` is what the user wrote; `folder` is
-    None for a preset that was not fetched; `fingerprint` is None without weights. `eos_token_id` ends every
-    row; None where no file names a token of the vocabulary. `notes` are lines to print.
-    """
-
-    name: str
-    folder: Path | None
-    model: GPT
+    name: str  # as the user wrote it
+    folder: Path | None  # None for a preset that was not fetched
+    model: GPT  # frozen, in fp32, on the CPU or on the meta device
     tokenizer: Tokenizer | None
-    fingerprint: str | None
-    eos_token_id: int | None = None
-    notes: tuple[str, ...] = ()
+    fingerprint: str | None  # of the weights; None on the meta device
+    eos_token_id: int | None = None  # ends every row; None if no file names a token of the vocabulary
+    notes: tuple[str, ...] = ()  # lines to print
+
+
+# ---- reading
 
 
 def load(name: str) -> Base:
-    """The base of a folder's path or a name of the Hub (see find_folder).
-
-    Weights of a safetensors file stay mapped from it until a change of dtype or training needs a copy. Raises
-    UserError.
-    """
+    """The base of a folder's path or a name of the Hub, see find_folder. Raises UserError."""
     configure_process()
     base = read_folder(name, find_folder(name))
     tensors, notes = use_gpt2_names(read_tensors(base.folder), str(base.folder))
     check_tensors(tensors, base.model, str(base.folder))
     for key in filter(CONV1D.fullmatch, list(tensors)):
         tensors[key] = tensors[key].T
+    # assign: the parameters are the tensors mapped from the file, which copying would read into memory
     base.model.load_state_dict(tensors, assign=True)
     base.model.requires_grad_(False)
     return replace(base, fingerprint=fingerprint(base.model), notes=(*base.notes, *notes))
@@ -92,8 +87,7 @@ def required_eos(base: Base) -> int:
 
 
 def load_on_meta(name: str) -> Base:
-    """The same without weights: a model on the meta device. A preset's name needs no network. Raises
-    UserError."""
+    """The base without its weights, on the meta device. A preset needs neither folder nor network. Raises UserError."""
     if name in PRESETS:
         config = PRESETS[name].config
         return Base(name, None, build_on_meta(config, name), None, None, eos_token_id=config.eos_token_id)
@@ -101,7 +95,7 @@ def load_on_meta(name: str) -> Base:
 
 
 def read_folder(name: str, folder: Path) -> Base:
-    """Everything of a folder but its weights."""
+    """The base of a folder without its weights. Raises UserError."""
     config, raw = read_config(folder)
     tokenizer, settings = load_tokenizer(folder, raw, config.vocab_size)
     eos, notes = end_of_text(folder, raw, tokenizer, settings, config.vocab_size)
@@ -120,7 +114,8 @@ def build_on_meta(config: GPTConfig, where: str) -> GPT:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder under the names that its files use, in transformers' order of preference."""
+    """All tensors of a folder, with the names that its files use. Raises UserError."""
+    # in transformers' order of preference
     kinds: list[tuple[str, Callable[[Path], dict[str, Tensor]]]] = [
         ("model.safetensors", lambda path: safetensors.read(path)[0]),
         ("pytorch_model.bin", read_bin),
@@ -135,12 +130,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The shards that an index lists; each tensor must lie in the shard that the index says."""
+    """The tensors of the shards that an index lists. Raises UserError unless each is in the shard that is listed."""
     listed = atomic.read_json(index, dict).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(f"{index}: weight_map must map tensor names to file names")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(listed.values())):
+        # an index must not make us open a file elsewhere, such as ../../secret
         if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
             raise UserError(f"{index}: {file!r} is not the name of a file in the same folder, and is not "
                             "opened")
@@ -155,11 +151,11 @@ def read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[
 
 
 def read_bin(path: Path) -> dict[str, Tensor]:
-    """A state dict written by torch.save. weights_only=True: no pickled code is ever run."""
+    """A state dict written by torch.save. Raises UserError."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about old pickle protocols
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen kinds for a damaged or a hostile file
+            state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of a pickle
+    except Exception as error:  # torch.load raises many kinds of error for a damaged or a hostile file
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path} cannot be read as a file of plain tensors: {why}") from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
@@ -170,7 +166,7 @@ def read_bin(path: Path) -> dict[str, Tensor]:
 def use_gpt2_names(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors in fp32 under the model's names, and notes to print.
 
-    `transformer.` is taken off the names; mask buffers, the tied head and a second head are left out. Raises
+    `transformer.` is removed from names. Mask buffers, the tied head and heads of other tasks are left out. Raises
     UserError.
     """
     has_prefix = any(name.startswith("transformer.") for name in tensors)
@@ -178,11 +174,12 @@ def use_gpt2_names(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Te
     heads: dict[str, Tensor] = {}
     left_out = set()
     for name in list(tensors):
-        tensor = tensors.pop(name)  # freed as soon as it is converted
+        tensor = tensors.pop(name)  # so that an fp16 tensor is freed when its fp32 copy exists
         module = name.partition(".")[0]
         short = name.removeprefix("transformer.")
         if MASK_BUFFER.fullmatch(short):
             continue
+        # beside a GPT-2 that is called "transformer", any other module is a head
         if module in OTHER_HEADS or has_prefix and module not in GPT2_MODULES:
             left_out.add(module)
             continue
@@ -195,7 +192,8 @@ def use_gpt2_names(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Te
         else:
             result[short] = tensor.float()
 
-    for name, head in heads.items():  # some writers keep only this name of the tied pair
+    for name, head in heads.items():
+        # some programs save the tied tensor only under the head's name
         embedding = result.setdefault("wte.weight", head)
         if not torch.equal(head, embedding):
             raise UserError(f"{where}: {name} differs from wte.weight; GPT-2's head is tied, and an untied "
@@ -206,7 +204,7 @@ def use_gpt2_names(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Te
 
 
 def check_tensors(tensors: dict[str, Tensor], model: GPT, where: str) -> None:
-    """Names and shapes must be the model's, exactly. Raises UserError with every difference."""
+    """Raises UserError, with up to 20 differences, unless names and shapes are exactly the model's."""
     expected = shapes(model)
     for name in filter(CONV1D.fullmatch, expected):
         expected[name] = torch.Size(reversed(expected[name]))
@@ -222,17 +220,20 @@ def shapes(model: GPT) -> dict[str, torch.Size]:
 
 @torch.no_grad()
 def fingerprint(model: GPT) -> str:
-    """A hash of every base value in fp32, the same whatever dtype or layout the base was stored in."""
+    """A hash of all parameters in fp32; 32 hex digits. It is the same for all dtypes and formats of a file."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
         digest.update(parameter.detach().contiguous().numpy().data)
-        release_pages(parameter)
+        release_pages(parameter)  # hashing reads every page of the file; most are not needed again soon
     return digest.hexdigest()[:32]
 
 
+# ---- writing
+
+
 def make_folder(folder: Path) -> None:
-    """A new folder to write to; an empty one will do. Raises UserError."""
+    """Make a folder, which may exist if it is empty. Raises UserError."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty: name a new folder")
     try:
@@ -249,7 +250,8 @@ def save_folder(base: Base, model: GPT, folder: Path) -> None:
     """
     parameters = dict(model.named_parameters())
     tensors = {}
-    for name in shapes(build_on_meta(model.config, str(folder))):  # a merged model may still have other ones
+    # only GPT-2's parameters: a merged model may still hold those of its mode
+    for name in shapes(build_on_meta(model.config, str(folder))):
         tensor = parameters[name].T if CONV1D.fullmatch(name) else parameters[name]
         tensors[f"transformer.{name}"] = tensor.float()
     raw = {} if base.folder is None else atomic.read_json(base.folder / "config.json", dict)
@@ -264,7 +266,7 @@ def save_folder(base: Base, model: GPT, folder: Path) -> None:
 
 
 def copy_tokenizer(base: Base, folder: Path) -> None:
-    """The tokenizer's files, so that transformers gives the base's token ids and stops at its end-of-text."""
+    """Copy the tokenizer's files, so that transformers gives the same token ids and stops at the same end-of-text."""
     for file in TOKENIZER_FILES:
         if (base.folder / file).is_file():
             atomic.write_atomically(folder / file, [(base.folder / file).read_bytes()])

@@ -1,4 +1,7 @@
-"""Runs side by side: one table, and sentences about the differences that matter."""
+"""Runs side by side: one table, and sentences about the best runs and about problems.
+
+A result is a run's result.json, see result.py.
+"""
 
 import os
 from pathlib import Path
@@ -10,6 +13,7 @@ from minift.report import plot
 from minift.report.table import format_bytes, table
 
 four_digits = "{:.4f}".format
+# The columns of the table: {name in result.json: (heading, function that formats the value)}
 COLUMNS = {
     "mode": ("mode", str),
     "learning_rate": ("lr", "{:g}".format),
@@ -28,27 +32,29 @@ COLUMNS = {
 LEGEND = ("Losses are in nats per target token. ROUGE-L compares words, exact is the share of completions "
           "equal to their reference; both ignore white space at the ends. Forgetting is the loss on general "
           "text after tuning minus before.")
+# a result.json without these names cannot be compared
 NEEDED = COLUMNS.keys() | {"base_test_loss", "base_rougeL", "best_step", "steps"}
 
 
 class Finding(NamedTuple):
-    """A sentence about a run, which is named by its folder or, in one comparison, by its mode."""
+    """A sentence about a run."""
 
-    run: str
+    run: str  # see run_name
     sentence: str
 
 
 def run_name(result: dict[str, Any]) -> str:
+    """The run's folder in eval.py --compare, else its mode: the runs of one train.py have different modes."""
     return result.get("run", result["mode"])
 
 
 def is_comparable(results: list[dict[str, Any]]) -> bool:
-    """Whether the untouched bases score alike, as the same base on the same rows in the same dtype does."""
+    """Whether all runs have the same scores before tuning, and so the same base, test rows and dtype."""
     return len({(r["base_test_loss"], r["base_rougeL"]) for r in results}) == 1
 
 
 def findings(results: list[dict[str, Any]]) -> list[Finding]:
-    """What the numbers say, a sentence each, about the best runs first, then about each run's troubles."""
+    """Sentences about the best runs, then about the problems of each run."""
     found = []
     if is_comparable(results):
         found += rank(results)
@@ -63,7 +69,7 @@ def findings(results: list[dict[str, Any]]) -> list[Finding]:
 
 
 def rank(results: list[dict[str, Any]]) -> list[Finding]:
-    """The best and the cheapest run, by ROUGE-L where it says something."""
+    """The best and the cheapest run: by ROUGE-L if it can tell runs apart, else by test loss."""
     if any(r["test_loss"] is None for r in results):
         return []  # there are no test rows
     if any(r["rougeL"] is None for r in results):
@@ -75,8 +81,8 @@ def rank(results: list[dict[str, Any]]) -> list[Finding]:
 
 
 def rank_by_rouge(results: list[dict[str, Any]]) -> list[Finding]:
-    """The best run by ROUGE-L on the test rows, and by test loss where that ties; and the one with the fewest
-    trained parameters among those within 1 % of it."""
+    """The run with the highest ROUGE-L, and the cheapest run within 1 % of it."""
+    # of equal ROUGE-L, the lower test loss
     best = max(results, key=lambda r: (r["rougeL"], -r["test_loss"]))
     name = run_name(best)
     sentence = (f"{name} is the best: ROUGE-L {best['rougeL']:.3f}, test loss {best['test_loss']:.4f} "
@@ -86,7 +92,7 @@ def rank_by_rouge(results: list[dict[str, Any]]) -> list[Finding]:
 
 
 def rank_by_loss(results: list[dict[str, Any]], reason: str) -> list[Finding]:
-    """The same by test loss alone, and the reason for it."""
+    """The run with the lowest test loss, and the cheapest run within 1 % of it. `reason`: why not by ROUGE-L."""
     best = min(results, key=lambda r: r["test_loss"])
     name = run_name(best)
     sentence = (f"{name} is the best: test loss {best['test_loss']:.4f} (base: {best['base_test_loss']:.4f}). "
@@ -96,7 +102,7 @@ def rank_by_loss(results: list[dict[str, Any]], reason: str) -> list[Finding]:
 
 
 def cheapest(results: list[dict[str, Any]], where: str) -> Finding:
-    """The run that trains the fewest parameters."""
+    """The run that trains the fewest parameters; `where` tells among which runs."""
     result = min(results, key=lambda r: r["trainable_parameters"])
     name = run_name(result)
     return Finding(name, f"{name} is the cheapest {where}: it trains {result['trainable_share']:.2%} of the "
@@ -104,7 +110,7 @@ def cheapest(results: list[dict[str, Any]], where: str) -> Finding:
 
 
 def troubles(result: dict[str, Any]) -> list[Finding]:
-    """What went wrong in a run, and what to try."""
+    """The problems of a run, and what to try."""
     name = run_name(result)
     found = []
     if result["best_step"] == 0:
@@ -122,8 +128,10 @@ def troubles(result: dict[str, Any]) -> list[Finding]:
 
 
 def write(folder: Path, results: list[dict[str, Any]]) -> str:
-    """The files of a comparison: compare.json, the results each with the findings about it, and compare.md.
-    Returns the text of the latter. Of several processes only rank 0 may call it. Raises UserError."""
+    """Write compare.json, the results with the findings about each, and compare.md, whose text is returned.
+
+    Raises UserError.
+    """
     found = findings(results)
     with_findings = []
     for result in results:
@@ -134,12 +142,12 @@ def write(folder: Path, results: list[dict[str, Any]]) -> str:
 
 
 def write_modes(path: Path, names: list[str]) -> None:
-    """The modes of a comparison that begins; its results follow when it ends."""
+    """Write the compare.json of a comparison that begins: only its modes. `write` replaces it at the end."""
     write_json(path, [{"mode": name} for name in names])
 
 
 def write_markdown(folder: Path, results: list[dict[str, Any]], columns: Any, found: list[Finding]) -> str:
-    """compare.md: the table, then the findings. Returns its text."""
+    """Write compare.md, the table and the findings, and return its text. Raises UserError."""
     sentences = [f"- {finding.sentence}" for finding in found]
     text = "\n".join([table(results, columns), "", LEGEND, "", *sentences, ""])
     write_text(folder / "compare.md", text)
@@ -147,9 +155,10 @@ def write_markdown(folder: Path, results: list[dict[str, Any]], columns: Any, fo
 
 
 def compare_runs(paths: list[Path]) -> str:
-    """What eval.py --compare prints: a row for each finished run; the folder of a comparison stands for its
-    runs. Writes compare.md and, with matplotlib, compare.png to the folder that holds all of them. Raises
-    UserError."""
+    """The text of eval.py --compare: a table with a row for each finished run among folders, and findings.
+
+    Writes compare.md and, with matplotlib, compare.png to the folder that holds all runs. Raises UserError.
+    """
     finished, unfinished = find_runs(paths)
     if not finished:
         raise UserError(f"--compare {' '.join(map(str, paths))}: no finished run is there")
@@ -175,8 +184,8 @@ def compare_runs(paths: list[Path]) -> str:
 
 
 def find_runs(paths: list[Path]) -> tuple[list[Path], list[Path]]:
-    """The finished and the unfinished runs among folders, or in them, each once and in order."""
-    finished: dict[Path, None] = {}  # a dictionary, as a set that keeps its order
+    """The finished and the unfinished runs, each once and in order. A folder is a run, or it holds runs."""
+    finished: dict[Path, None] = {}  # a dictionary serves as a set that keeps its order
     unfinished: dict[Path, None] = {}
     for path in paths:
         if path.is_file():
@@ -191,7 +200,7 @@ def find_runs(paths: list[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def load_result(folder: Path) -> dict[str, Any]:
-    """result.json. Raises UserError where it is damaged."""
+    """The result.json of a run. Raises UserError if it is damaged or lacks a name."""
     path = folder / "result.json"
     result = read_json(path, dict)
     if missing := NEEDED - result.keys():

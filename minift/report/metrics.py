@@ -1,6 +1,6 @@
-"""How good a model is: the loss on target tokens, and ROUGE and exact match of the completions it writes.
+"""How good a model is: its loss on target tokens, and ROUGE and exact match of its completions.
 
-Forgetting is the same loss on text outside the task (`text_windows`), after tuning minus before.
+Forgetting is the loss on general text (`text_windows`), outside the task, after tuning minus before.
 """
 
 import math
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from minift.data.dataset import Example, read_text
+from minift.data.dataset import read_text
+from minift.data.tokens import Example
 from minift.distributed import all_sum, local_rows, reshard
 from minift.errors import UserError
 from minift.model.generate import generate
@@ -19,23 +20,23 @@ from minift.model.gpt import GPT
 from minift.model.packing import Row, text_row
 from minift.report.rouge import rouge, rouge_tokens
 
-LOGITS_BLOCK = 128  # target tokens whose logits exist at one time: fewer than a training step needs
+LOGITS_BLOCK = 128  # target tokens whose logits (block, V) exist at one time, so that scoring takes little memory
 DECODE_BATCH = 64  # prompts that are completed together
-NO_REFERENCES = 64  # new tokens at most where no completions say how long they are
+NO_REFERENCES = 64  # the limit of new tokens if there are no completions whose lengths could decide on it
 MAX_WINDOW = 512  # tokens of a window of general text
 
 
 @torch.no_grad()
 def measure_losses(model: GPT, rows: list[Row], batch: int) -> dict[str, float]:
-    """Over all target tokens of the rows: loss in nats per token, perplexity, and token_accuracy, the share
-    of tokens that the model predicts right when it reads the true tokens before them.
+    """Over all target tokens of the rows: loss in nats per token, perplexity, and token_accuracy.
 
-    The rows are shared among all processes, and each gets the result for all of them.
+    token_accuracy is the share of targets that are the most likely token, given the true tokens before them. Each
+    process scores its part of the rows, and all of them return the result for all rows.
     """
     was_training = model.training
-    model.eval()
+    model.eval()  # no dropout
     loss = correct = count = 0
-    by_length = sorted(rows, key=lambda row: len(row.ids))  # rows of like length use memory best
+    by_length = sorted(rows, key=lambda row: len(row.ids))  # similar lengths in a batch need the least memory
     for start in range(0, len(by_length), batch):
         packed = model.pack(local_rows(by_length[start : start + batch]))
         hidden = model.hidden(packed, packed.target_positions)  # (n, C)
@@ -43,6 +44,7 @@ def measure_losses(model: GPT, rows: list[Row], batch: int) -> dict[str, float]:
         target_blocks = packed.targets.split(LOGITS_BLOCK)
         for h, targets in zip(hidden_blocks, target_blocks, strict=True):
             logits = model.logits(h)  # (block, V)
+            # PyTorch's own, not the op of training, so that a score does not depend on it
             loss += F.cross_entropy(logits, targets, reduction="sum").item()
             correct += (logits.argmax(-1) == targets).sum().item()
         count += len(packed.targets)
@@ -53,8 +55,8 @@ def measure_losses(model: GPT, rows: list[Row], batch: int) -> dict[str, float]:
 
 
 def safe_exp(x: float) -> float:
-    """exp(x), infinity where a float would overflow."""
-    return math.exp(x) if x < 709 else math.inf
+    """exp(x), or infinity if it is too large for a float."""
+    return math.exp(x) if x < 709 else math.inf  # the largest float is about exp(709.8)
 
 
 def load_general_rows(path: str | Path, tokenizer: Tokenizer, n_positions: int, reserved: int) -> list[Row]:
@@ -66,11 +68,11 @@ def load_general_rows(path: str | Path, tokenizer: Tokenizer, n_positions: int, 
 
 
 def text_windows(ids: list[int], n_positions: int, reserved: int) -> list[Row]:
-    """The token ids of a text as rows in which every token after the first is a target, each token once.
+    """The token ids of a text as rows, so that every token but the first is a target once.
 
-    A window takes half of the model's positions, MAX_WINDOW at most, so that models with and without a soft
-    prompt read the same windows; less where the most positions that any of them has reserved leave less.
+    `reserved` are the most positions that any of the compared models uses for a soft prompt or a prefix.
     """
+    # half of the positions, so that models with and without a soft prompt read the same windows
     window = min(MAX_WINDOW, n_positions // 2, n_positions - reserved)
     # windows overlap by one token: a window's last target is the first token that the next one reads
     return [text_row(ids[start : start + window + 1]) for start in range(0, len(ids) - 1, window)]
@@ -78,26 +80,25 @@ def text_windows(ids: list[int], n_positions: int, reserved: int) -> list[Row]:
 
 def write_completions(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: list[Example],
                       max_new_tokens: int) -> tuple[list[str], dict[str, int]]:
-    """Greedy completions of the rows' prompts, in the rows' order and without white space at both ends, and
-    three counts of what the limit of positions or new tokens cut. A row of text alone, without a prompt, gets
-    an empty completion.
+    """Greedy completions of the rows, in their order, without white space at both ends; "" for a text alone. And three
+    counts: completions, prompts and references that a limit cut.
 
-    Raises UserError where `max_new_tokens` leaves no room for a prompt.
+    Raises UserError if `max_new_tokens` leaves no position for a prompt.
     """
     n_positions = model.config.n_positions
-    room = n_positions - model.prompt_tokens - max_new_tokens
+    room = n_positions - model.prompt_tokens - max_new_tokens  # the most tokens of a prompt
     if room < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's "
                         f"{n_positions} positions: lower it")
     texts = [""] * len(examples)
     at_limit = shortened = too_long = 0
     prompted = [i for i, example in enumerate(examples) if example.pair.prompt]
-    order = sorted(prompted, key=lambda i: len(examples[i].prompt))  # prompts of like length go together
+    order = sorted(prompted, key=lambda i: len(examples[i].prompt))  # prompts of similar length form a batch
     for first in range(0, len(order), DECODE_BATCH):
         indices = order[first : first + DECODE_BATCH]
         prompts = []
         for i in indices:
-            prompts.append(examples[i].prompt[-room:])  # the end of a prompt matters most
+            prompts.append(examples[i].prompt[-room:])  # training cuts the beginning, too
             shortened += len(examples[i].prompt) > room
             too_long += reference_length(examples[i], eos_id) > max_new_tokens
         for i, new in zip(indices, generate(model, prompts, max_new_tokens, stop=eos_id), strict=True):
@@ -108,14 +109,17 @@ def write_completions(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: l
 
 
 def reference_length(example: Example, eos_id: int) -> int:
-    """Tokens of the completion in the file, without the end-of-text after it."""
+    """The number of tokens of a row's completion, without the end-of-text after it."""
     begin, end = example.spans[-1]
     return end - begin - (example.ids[end - 1] == eos_id)
 
 
 def choose_max_new_tokens(rows: dict[str, list[Example]], eos_id: int, room: int) -> tuple[int, str]:
-    """The default of --max-new-tokens, and its origin: enough for the longest completion of the validation rows (where
-    there are none, of the training rows) and its end-of-text, but at most half of `room`, the model's positions."""
+    """The default of --max-new-tokens, and its origin.
+
+    It is enough for the longest completion of the validation rows (of the training rows if there are none) and its
+    end-of-text, but at most half of `room`, the model's positions.
+    """
     kind, examples = ("validation", rows["val"]) if rows["val"] else ("training", rows["train"])
     lengths = [reference_length(example, eos_id) for example in examples if example.pair.prompt]
     limit = max(1, room // 2)
@@ -128,9 +132,10 @@ def choose_max_new_tokens(rows: dict[str, list[Example]], eos_id: int, room: int
 
 
 def score_texts(predictions: list[str], references: list[str]) -> dict[str, float | None]:
-    """Means over all rows, in 0..1: exact_match, which ignores white space at both ends, and rouge1, rouge2
-    and rougeL, which compare words alone. A score that would say nothing is None: all without rows, ROUGE
-    where no reference has a word."""
+    """Means over all rows, in 0..1: exact_match, which ignores white space at both ends, rouge1, rouge2 and rougeL.
+
+    Without rows all are None. If no reference has a word, the three of ROUGE are None.
+    """
     totals = {"exact_match": 0.0, "rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
     for prediction, reference in zip(predictions, references, strict=True):
         totals["exact_match"] += prediction.strip() == reference.strip()
@@ -146,15 +151,17 @@ def score_texts(predictions: list[str], references: list[str]) -> dict[str, floa
 
 def score(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: list[Example], batch: int,
           max_new_tokens: int, general_rows: list[Row] | None) -> dict[str, Any]:
-    """Every score of a model on some rows, under the names of result.json; the completions it wrote; the
-    counts of `write_completions`; and its loss on the general text, None where there is none."""
+    """All scores of a model on some rows, by the names of result.json, with its completions and their counts.
+
+    general_loss is the loss on the general text; None without such a text.
+    """
     scores: dict[str, Any] = dict.fromkeys(("loss", "perplexity", "token_accuracy"))  # None: there are no rows
     if examples:
         scores |= measure_losses(model, examples, batch)
     completions, counts = write_completions(model, tokenizer, eos_id, examples, max_new_tokens)
     predictions, references = [], []
     for example, completion in zip(examples, completions, strict=True):
-        if example.pair.prompt:
+        if example.pair.prompt:  # a text alone has no reference
             predictions.append(completion)
             references.append(example.pair.completion)
     scores |= score_texts(predictions, references)
@@ -163,7 +170,7 @@ def score(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: list[Example]
 
 
 def limit_report(scores: dict[str, Any], max_new_tokens: int) -> list[str]:
-    """A line for each way in which a limit made the completions of `score` worse than the model is."""
+    """A line for each limit that made the completions of `score` worse than the model could write them."""
     rows = len(scores["completions"])
     lines = []
     if count := scores["completions_at_limit"]:

@@ -1,7 +1,7 @@
 """Pictures of runs.
 
-matplotlib is optional. Without it `draw_runs` and `draw_curves` raise ModuleNotFoundError, and the caller
-says so or does without the picture.
+matplotlib is optional, so it is imported where it is needed. Without it `draw_runs` and `draw_curves` raise
+ModuleNotFoundError.
 """
 
 import io
@@ -15,13 +15,14 @@ from minift.files.atomic import write_atomically
 from minift.run.folder import read_metrics
 
 FIRST_PICTURE = 30.0  # seconds from a run's begin to its first curves.png, if it lasts longer
-MARKERS = "os^Dvp*X<>"
+MARKERS = "os^Dvp*X<>"  # ten colours, then another marker: a hundred runs look different
 
 
 def draw_runs(folder: Path, results: list[dict[str, Any]]) -> None:
-    """compare.png: the loss during training, quality against trained parameters, forgetting against quality.
-    Each result has its run's path in `folder` under `run`. Quality is ROUGE-L, or the test loss where that
-    was not measured."""
+    """Write compare.png: losses during training, quality against trained parameters, forgetting against quality.
+
+    Quality is ROUGE-L, or the test loss if a run has no ROUGE-L. result["run"] is the path of a run in `folder`.
+    """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
     has_rouge = all(result["rougeL"] is not None for result in results)
     quality, base_quality = ("rougeL", "base_rougeL") if has_rouge else ("test_loss", "base_test_loss")
@@ -56,8 +57,8 @@ def draw_runs(folder: Path, results: list[dict[str, Any]]) -> None:
 
 
 def series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a name in metrics.jsonl, where it has one: some lines are of steps, others of
-    validations, and a validation before the first step has no training loss."""
+    """Steps and values of a name in the lines of metrics.jsonl that have it."""
+    # some lines are of steps, others of validations; a validation before the first step has no training loss
     found = [line for line in lines if line.get(name) is not None]
     return [line["step"] for line in found], [line[name] for line in found]
 
@@ -76,8 +77,7 @@ def draw_losses(axes: Any, lines: list[dict[str, Any]], label: str, style: dict[
 
 
 def draw_curves(folder: Path) -> None:
-    """curves.png of one run, from its metrics.jsonl: training and validation loss with the best step marked,
-    and the learning rate below. Can be drawn again at every validation while the run lasts."""
+    """Write curves.png of one run from its metrics.jsonl: losses, with the best step marked, and the learning rate."""
     from matplotlib.figure import Figure
     lines = read_metrics(folder)
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -99,10 +99,7 @@ def draw_curves(folder: Path) -> None:
 
 
 class LiveCurves:
-    """curves.png while a run lasts, drawn by rank 0 after validations. Where matplotlib is missing there is none.
-
-    A picture takes as long as many steps of a small model: drawing takes at most a twentieth of a run's time, and one
-    picture at its end."""
+    """curves.png during a run, drawn by rank 0 after validations; without matplotlib it does nothing."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -118,11 +115,12 @@ class LiveCurves:
         except ImportError:
             self.can_draw = False
         now = time.monotonic()
+        # A picture takes as long as many steps of a small model: so drawing takes a twentieth of a run's time at most.
         self.next_time = now + 19 * (now - started)
 
 
 def save(figure: Any, path: Path) -> None:
-    """Raises UserError where the file cannot be written."""
+    """Write a figure as PNG. Raises UserError."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
     write_atomically(path, [png.getvalue()])

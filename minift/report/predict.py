@@ -1,8 +1,8 @@
 """A prediction for each row of a file: eval.py --predict.
 
-Rows are read as a stream, in windows. Within a window, prompts of similar length form a batch; predictions are
-written in the order of the rows. Windows, batches and seeds follow from the rows alone, so that a file which is
-continued after an interruption is the same as one that was written without.
+A window of rows is read at a time, so that a file may be larger than the memory. In a window, prompts of similar length
+form a batch; predictions are written in the order of the rows. Windows, batches and seeds depend on the rows alone: so
+after an interruption the file of predictions is continued as if there had been none.
 """
 
 import random
@@ -14,9 +14,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minift.data.chats import between
-from minift.data.dataset import DataOptions, prompt_pieces, start_tokens, tokenize
+from minift.data.dataset import DataOptions
 from minift.data.layouts import AnyLayout, Layout
 from minift.data.pairs import Prompt
+from minift.data.tokens import prompt_pieces, start_tokens, tokenize_rows
 from minift.errors import UserError
 from minift.files.weights import Base
 from minift.model.generate import generate
@@ -24,8 +25,8 @@ from minift.model.gpt import GPT
 from minift.options import option
 from minift.report.prediction_rows import NewRows, find_layout, open_input, open_output
 
-WINDOW_BATCHES = 16
-WINDOW_CHARACTERS = 4 * 2**20  # of the rows in a window, all fields: bounds the memory
+WINDOW_BATCHES = 16  # more batches in a window: more similar lengths, but a longer wait for the first lines
+WINDOW_CHARACTERS = 4 * 2**20  # of all fields of a window's rows: bounds the memory
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A tuned model with all that decides on its predictions, and counts for the report."""
+    """A tuned model and all settings that its predictions depend on, with counts for the report."""
 
     model: GPT
     base: Base
@@ -61,11 +62,12 @@ class Predictor:
     counts: dict[str, int] = field(default_factory=lambda: {"shortened": 0, "at_limit": 0})
 
     def prompt_room(self) -> int:
-        """The most tokens of a prompt. Raises UserError if there is no room for one."""
+        """The most tokens of a prompt. Raises UserError if no token fits."""
         new, n_positions = self.decoding.max_new_tokens, self.model.config.n_positions
         room = n_positions - self.model.prompt_tokens - new
         if self.data.max_length is not None:
-            room = min(room, self.data.max_length - 2)  # as in training: before a token of completion and end-of-text
+            # as in training, where at least one token of the completion and the end-of-text follow
+            room = min(room, self.data.max_length - 2)
         if room <= len(start_tokens(self.base.tokenizer)):
             raise UserError(f"--max-new-tokens {new} leaves no room for a prompt in the model's {n_positions} "
                             "positions: lower it")
@@ -73,15 +75,12 @@ class Predictor:
 
     def encode(self, prompts: list[Prompt], source: Path, room: int) -> list[list[int]]:
         """The tokens of prompts as in training. A prompt of more than `room` tokens loses its beginning."""
-        tokenizer, control_tokens = self.base.tokenizer, self.data.control_tokens
+        tokenizer = self.base.tokenizer
         start = start_tokens(tokenizer)
         pieces = [[text for text, _ in prompt_pieces(prompt.text, prompt.learned)] for prompt in prompts]
-        firsts = tokenize(tokenizer, [row[0] for row in pieces], control_tokens)
-        others = iter(tokenize(tokenizer, [text for row in pieces for text in row[1:]], control_tokens, True))
         encoded = []
-        for prompt, row, ids in zip(prompts, pieces, firsts, strict=True):
-            for _ in row[1:]:
-                ids = ids + next(others)
+        for prompt, row in zip(prompts, tokenize_rows(tokenizer, pieces, self.data.control_tokens), strict=True):
+            ids = [i for piece in row for i in piece]
             if not ids:
                 raise UserError(f"{source.with_name(prompt.where)}: the prompt has no tokens: mend or remove the row")
             dropped = max(0, len(start) + len(ids) - room)
@@ -90,7 +89,7 @@ class Predictor:
         return encoded
 
     def complete(self, prompts: list[Prompt], encoded: list[list[int]], number: int) -> list[str]:
-        """The predictions of a batch; `number`, that of its first row in the file, decides on its seed."""
+        """The predictions of a batch. Its seed depends on `number`, that of its first row in the file."""
         seed = random.Random(f"{self.decoding.seed} {number}").getrandbits(62)
         settings = asdict(self.decoding) | {"seed": seed}
         new = generate(self.model, encoded, stop=self.base.eos_token_id, **settings)
@@ -103,13 +102,15 @@ class Predictor:
 
 
 def without_join(prompt: str, text: str, join: str) -> str:
-    """A generated text without --join, which training puts before completions that do not begin with white space."""
+    """A generated text without the `join` that training puts between prompt and completion."""
     rest = text.removeprefix(join)
-    return rest if between(prompt, rest, join) and text.startswith(join) else text
+    # between() is "" where training puts no join: there, the text began with this white space itself
+    was_joined = text.startswith(join) and between(prompt, rest, join)
+    return rest if was_joined else text
 
 
 def windows(rows: Iterable[Prompt], batch: int) -> Iterator[list[Prompt]]:
-    """The rows in lists that are small enough for the memory."""
+    """The rows in lists of at most WINDOW_BATCHES batches and about WINDOW_CHARACTERS characters."""
     window, characters = [], 0
     for prompt in rows:
         window.append(prompt)
@@ -122,38 +123,39 @@ def windows(rows: Iterable[Prompt], batch: int) -> Iterator[list[Prompt]]:
 
 
 def batches(encoded: list[list[int]], batch: int) -> list[list[int]]:
-    """The places in a window of the prompts that are completed together: those of similar length. The batch with
-    the earliest row comes first, so that rows can be written soon."""
-    order = sorted(range(len(encoded)), key=lambda place: len(encoded[place]))
+    """The prompts of a window in batches of similar length, each as a list of indices in the window."""
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     cut = [order[begin : begin + batch] for begin in range(0, len(order), batch)]
-    return sorted(cut, key=min)
+    return sorted(cut, key=min)  # the batch with the earliest row comes first, so that rows can be written soon
 
 
 def predict_rows(predictor: Predictor, rows: NewRows, room: int, done: int) -> Iterator[list[bytes]]:
-    """The lines of all rows after the first `done`, in order: after each batch those that are complete."""
+    """The lines of all rows after the first `done`, in order; after each batch, the lines that can be written."""
     begin = 0  # the number of the window's first row
     for window in windows(rows, predictor.batch):
-        following = max(done - begin, 0)  # the place of the next row to write
-        if following < len(window):
+        next_row = max(done - begin, 0)  # the index in the window of the next row to write
+        if next_row < len(window):
             encoded = predictor.encode(window, rows.path, room)
-            texts: dict[int, str] = {}
-            for places in batches(encoded, predictor.batch):
-                if max(places) < done - begin:
-                    continue  # all written before the interruption
-                prompts = [window[place] for place in places]
-                predicted = predictor.complete(prompts, [encoded[place] for place in places], begin + places[0])
-                texts.update(zip(places, predicted, strict=True))
+            texts: dict[int, str] = {}  # predictions that wait for an earlier row, by their index in the window
+            for indices in batches(encoded, predictor.batch):
+                if max(indices) < done - begin:
+                    continue  # all of them were written before the interruption
+                prompts = [window[i] for i in indices]
+                predicted = predictor.complete(prompts, [encoded[i] for i in indices], begin + indices[0])
+                texts.update(zip(indices, predicted, strict=True))
                 lines = []
-                while following in texts:
-                    lines.append(rows.line(window[following], texts.pop(following)))
-                    following += 1
+                while next_row in texts:
+                    lines.append(rows.line(window[next_row], texts.pop(next_row)))
+                    next_row += 1
                 yield lines
         begin += len(window)
 
 
 def predict(predictor: Predictor, options: PredictOptions, run_layout: AnyLayout | None) -> None:
-    """--predict: every row of a file with its prediction, to --out or to standard output. Raises UserError, before
-    the first prediction if a row cannot be used."""
+    """eval.py --predict: write every row of a file with its prediction, to --out or to standard output.
+
+    Raises UserError; if a row cannot be used, before the first prediction.
+    """
     room = predictor.prompt_room()
     with open_input(options.predict) as path:
         layout = find_layout(path, predictor.data, run_layout)

@@ -16,12 +16,12 @@ from minift.data.pairs import Prompt, first_fields, read_prompts
 from minift.data.records import to_json
 from minift.errors import UserError
 
-MAX_PREDICTION_BYTES = 2**20  # what a model can write is far below
+MAX_PREDICTION_BYTES = 2**20  # far more than a model's positions can hold; a longer line is no prediction
 
 
 @dataclass(frozen=True)
 class NewRows:
-    """The rows of a file without completions. Each iteration reads the file again, row after row."""
+    """The rows of a file without completions. Each iteration reads the file again: it may be larger than the memory."""
 
     path: Path
     data: DataOptions
@@ -32,9 +32,9 @@ class NewRows:
         return read_prompts(self.path, self.data.pair_options, self.data.format, self.layout)
 
     def line_start(self, prompt: Prompt) -> bytes:
-        """A row's line in --out, up to its prediction."""
+        """A row's line in --out up to its prediction, which is the last field. Raises ValueError."""
         line = to_json({**prompt.fields, self.prediction_field: ""})
-        # half of a surrogate pair has no UTF-8, but JSON's \udc00
+        # half of a surrogate pair has no bytes in UTF-8; backslashreplace writes it as JSON does, \udc00
         return line.removesuffix('""}').encode("utf-8", errors="backslashreplace")
 
     def line(self, prompt: Prompt, prediction: str) -> bytes:
@@ -58,7 +58,10 @@ class NewRows:
 
 @contextlib.contextmanager
 def open_input(name: str) -> Iterator[Path]:
-    """The file of --predict. Standard input is copied to a temporary file, since rows are read several times."""
+    """The file of --predict. Standard input is copied to a temporary file, since rows are read several times.
+
+    Raises UserError.
+    """
     if name != "-":
         if not os.path.isfile(name):
             raise UserError(f"--predict {name}: no such file; - reads standard input")
@@ -73,12 +76,12 @@ def open_input(name: str) -> Iterator[Path]:
             raise UserError(f"--predict -: cannot be copied to {folder}: {error.strerror or error}") from None
         try:
             yield path
-        except UserError as error:
+        except UserError as error:  # the name of a temporary folder tells the user nothing
             raise UserError(str(error).replace(f"{folder}/", "")) from None
 
 
 def find_layout(path: Path, data: DataOptions, run_layout: AnyLayout | None) -> AnyLayout:
-    """The run's layout where the first row has its fields, else one that fits the row. Raises UserError."""
+    """The run's layout if the first row has its fields, else a layout that fits the row. Raises UserError."""
     layout, fields = run_layout, first_fields(path, data.format)
     if layout is None or not all(name in fields for name in layout.needed):
         layout = choose_layout(path, fields, data.pair_options, with_completion=False)
@@ -90,8 +93,10 @@ def find_layout(path: Path, data: DataOptions, run_layout: AnyLayout | None) -> 
 
 @contextlib.contextmanager
 def open_output(name: str | None, rows: NewRows) -> Iterator[tuple[BinaryIO, int]]:
-    """The file to write to, at the place after the rows that it holds already, and their number. Raises UserError
-    for a file that holds anything else."""
+    """The file to write to, positioned after the rows that it holds already, and their number.
+
+    Raises UserError for a file that holds anything else.
+    """
     if name in (None, "-"):
         yield sys.stdout.buffer, 0
         return
@@ -108,8 +113,10 @@ def open_output(name: str | None, rows: NewRows) -> Iterator[tuple[BinaryIO, int
 
 
 def count_done(path: Path, rows: NewRows) -> tuple[int, int]:
-    """How many of the rows a file has with their predictions, and the bytes that they take. A last line that was
-    only half written does not count. Raises UserError for a line that is another row's."""
+    """The number of rows that a file has with their predictions, and the bytes that they take.
+
+    A last line that was only half written does not count. Raises UserError for a line of anything else.
+    """
     done = size = 0
     with open(path, "rb") as file:
         for prompt in rows:
@@ -120,6 +127,7 @@ def count_done(path: Path, rows: NewRows) -> tuple[int, int]:
                 done += 1
                 size += len(line)
                 continue
+            # cut before the prediction, or within it
             half_written = not line.endswith(b"\n") and len(line) < limit
             if half_written and (line.startswith(start) or start.startswith(line)):
                 return done, size

@@ -1,12 +1,13 @@
-"""The text of eval.py --prompt, in the run's template, and what models write after it."""
+"""eval.py --prompt: the text in the run's template, and its continuations."""
 
 import sys
 from dataclasses import asdict
 from typing import Any
 
-from minift.data.dataset import DataOptions, read_layout, start_tokens, tokenize
+from minift.data.dataset import DataOptions, read_layout
 from minift.data.layouts import AnyLayout, ChatLayout, TextLayout
 from minift.data.templates import fill, used_fields
+from minift.data.tokens import start_tokens, tokenize
 from minift.errors import UserError
 from minift.files.weights import Base
 from minift.model.generate import generate
@@ -15,8 +16,10 @@ from minift.report.predict import Decoding
 
 
 def find_run_layout(data: DataOptions) -> tuple[AnyLayout | None, str]:
-    """How the run's rows became prompts; or None, and the reason why that is not known, such as data that is not there
-    any more. Raises UserError for a wrong --template."""
+    """The layout of the run's rows; or None and the reason, such as data that was deleted.
+
+    Raises UserError for a wrong --template.
+    """
     if data.template is not None or data.prompt_field:
         return read_layout(data), ""  # from the flags alone
     try:
@@ -36,8 +39,7 @@ def read_prompt(text: str) -> str:
 
 
 def apply_template(data: DataOptions, text: str) -> tuple[str, str]:
-    """A prompt as the run's rows have it, and a line that says whether the template was applied. It is applied if
-    one field is enough for it."""
+    """A prompt in the run's template, if that needs only one field; and a line that says whether it was applied."""
     layout, reason = find_run_layout(data)
     if layout is None:
         return text, f"the prompt is taken as it is: the run's template is not known, {reason}"

@@ -1,25 +1,29 @@
-"""A finished run's result.json, and what is printed of it."""
+"""The result.json of a finished run, and the lines that train.py prints of it."""
 
 import math
 from typing import Any
 
-from minift.data.dataset import Example
+from minift.data.tokens import Example
 from minift.files.checkpoint import Progress
 from minift.report.metrics import limit_report
 from minift.report.table import cell, format_bytes
 
 
 def progress_facts(progress: Progress) -> dict[str, Any]:
-    """How the training went, under the names of result.json."""
-    validated = math.isfinite(progress.best_val_loss)
+    """Steps, losses and speed of a training, by the names of result.json."""
+    was_validated = math.isfinite(progress.best_val_loss)  # infinity without validation rows
     return {
-        "steps": progress.step, "best_step": progress.best_step, "stopped_early": progress.early_stopped,
-        "train_loss": progress.train_loss, "best_val_loss": progress.best_val_loss if validated else None,
-        "tokens_per_second": progress.tokens / progress.seconds}
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "stopped_early": progress.early_stopped,
+        "train_loss": progress.train_loss,
+        "best_val_loss": progress.best_val_loss if was_validated else None,
+        "tokens_per_second": progress.tokens / progress.seconds,
+    }
 
 
 def make_result(facts: dict[str, Any], scores: dict[str, Any], base_scores: dict[str, Any]) -> dict[str, Any]:
-    """The content of result.json: facts of the run, its test scores, and the base's beside them."""
+    """The content of result.json: facts of the run, its test scores, and some scores of its base."""
     result = dict(facts)
     for name in ("loss", "perplexity"):
         result[f"test_{name}"] = scores[name]

@@ -1,4 +1,4 @@
-"""ROUGE (Lin 2004): how many words, and runs of words, a text shares with its reference.
+"""ROUGE (Lin 2004): how many words, and sequences of words, a text has in common with its reference.
 
 On ASCII text the scores equal those of the rouge-score package without stemming. That package drops every
 other character, so a text in Russian or Chinese would always score 0; here a word may be of any script.
@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-# Blocks of the scripts that put no spaces between words: there, each character counts as a word.
+# Unicode blocks of scripts that write no spaces between words: there, each character counts as a word.
 UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x1000, 0x109F),  # Burmese
@@ -28,12 +28,12 @@ UNSPACED = (
 
 
 def rouge_tokens(text: str) -> list[str]:
-    """The words of a text in lower case: runs of letters, digits and combining marks."""
+    """The words of a text in lower case: sequences of letters, digits and combining marks."""
     text = text.lower()
     if text.isascii():
         return re.findall("[a-z0-9]+", text)  # as the rouge-score package
-    pieces: list[str] = []  # the text with spaces where its words part
-    previous = "gap"  # what the last character was: "gap", "spaced" or "unspaced"
+    pieces: list[str] = []  # the text with spaces between its words
+    previous = "gap"  # the kind of the last character: "gap", or a letter of a "spaced" or "unspaced" script
     for char in unicodedata.normalize("NFC", text):  # an accented letter may be written in two ways
         category = unicodedata.category(char)
         if category == "Cf":
@@ -69,18 +69,18 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
 
 
 def ngrams(tokens: list[str], n: int) -> Counter[tuple[str, ...]]:
-    """How often each run of n tokens occurs."""
+    """The number of times that each sequence of n tokens occurs."""
     return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
 
 def f_measure(matches: int, predicted: int, expected: int) -> float:
-    """The harmonic mean of precision, matches / predicted, and recall, matches / expected."""
+    """2 P R / (P + R) of precision P = matches / predicted and recall R = matches / expected."""
     return 2 * matches / (predicted + expected) if matches else 0.0
 
 
 def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Its length. One row of the usual table is held in the bits of an integer, so that a row costs a few
-    operations on long integers (Hyyrö 2004, Bit-parallel LCS-length computation revisited)."""
+    """Its length (Hyyrö 2004, Bit-parallel LCS-length computation revisited)."""
+    # the usual table of len(a) x len(b), with each row in the bits of one long integer
     positions: dict[str, int] = {}  # bit i of positions[word]: a[i] is the word
     for i, word in enumerate(a):
         positions[word] = positions.get(word, 0) | 1 << i

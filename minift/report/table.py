@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# {name of a value in a result: (heading, how the value is written)}
+# {name of a value in a result: (heading, function that formats the value)}
 Columns = dict[str, tuple[str, Callable[[Any], str]]]
 
 
@@ -24,31 +24,36 @@ def cell(value: Any, format_value: Callable[[Any], str]) -> str:
 
 
 def table(results: Iterable[dict[str, Any]], columns: Columns) -> str:
-    """A whole table; each column is as wide as its widest cell."""
+    """A table of all results; each column is as wide as its longest cell."""
     results = list(results)
     widths = []
     for name, (heading, format_value) in columns.items():
         cells = [cell(result.get(name), format_value) for result in results]
         widths.append(max(map(len, [heading, *cells])))
-    return "\n".join([table_head(columns, widths), *(table_row(r, columns, widths) for r in results)])
+    lines = [table_head(columns, widths)]
+    for result in results:
+        lines.append(table_row(result, columns, widths))
+    return "\n".join(lines)
 
 
 def table_head(columns: Columns, widths: list[int]) -> str:
-    """The headings and the line below them. A benchmark prints its rows one by one, as they are measured, so
-    it chooses the widths before it has the cells."""
+    """The headings and the line below them. `widths` are given: a benchmark prints the head before it has rows."""
     headings = [heading for heading, _ in columns.values()]
-    rule = ["-" * (width + 1) for width in widths]  # a cell and the two spaces around it, less one
-    return f"{align(headings, widths)}\n|{rule[0]}-|{':|'.join(rule[1:])}:|"
+    rules = []
+    for i, width in enumerate(widths):
+        dashes = "-" * (width + 1)  # a cell has a space on both sides, and one of the two is below
+        rules.append(dashes + ("-" if i == 0 else ":"))  # a colon aligns to the right in Markdown
+    return f"{align(headings, widths)}\n|{'|'.join(rules)}|"
 
 
 def table_row(result: dict[str, Any], columns: Columns, widths: list[int]) -> str:
-    """One line; a value that the result lacks is a dash."""
+    """The line of a result; a value that it lacks is a dash."""
     cells = [cell(result.get(name), format_value) for name, (_, format_value) in columns.items()]
     return align(cells, widths)
 
 
 def align(cells: list[str], widths: list[int]) -> str:
-    """The first column to the left, as it holds names, and the others, numbers, to the right."""
+    """A line of cells. The first column, of names, is aligned to the left, the others, of numbers, to the right."""
     padded = [cells[0].ljust(widths[0])]
     for text, width in zip(cells[1:], widths[1:], strict=True):
         padded.append(text.rjust(width))
