@@ -10,7 +10,7 @@ from scripts import ROOT, evaluate, train, write_pairs
 from minift.run.config import TINY
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SMALL = ("--steps", "2", "--val-rows", "4", "--test-rows", "4", "--max-new-tokens", "4")
+SMALL = ("--steps", "2", "--val-rows", "4", "--test-rows", "4", "--max-new-tokens", "4", "--general", "short.txt")
 
 
 def commands() -> list[list[str]]:
@@ -27,6 +27,7 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "data").symlink_to(ROOT / "data")
     pairs = write_pairs(tmp_path / "pairs")
     (tmp_path / "my.jsonl").write_bytes((pairs / "train.jsonl").read_bytes())
+    (tmp_path / "short.txt").write_text((TINY / "general.txt").read_text()[:2000])
     (tmp_path / "new.jsonl").write_text('{"dialogue": "Anna: Hi, Ben"}\n')
     assert len(commands()) >= 18
     for script, *words in commands():
