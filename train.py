@@ -8,7 +8,7 @@
 
 It reads from top to bottom: options, base and data, then for each mode plan, build, train and score, then the table.
 The loop never asks which mode it is in: a mode (minift/modes/) decides which modules are added and which parameters
-train. Those are what the optimizer gets and what a run saves.
+train. Only these go to the optimizer and into the saved file.
 """
 
 import math

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -118,6 +118,23 @@ class FakeValues(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def make_fake(model: GPT, device: torch.device) -> None:
+    """Replace every parameter and buffer by a fake tensor on a device; model.to(device) refuses to. A tensor that
+    several modules share stays shared."""
+    fakes: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fakes:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, tensor.requires_grad)
+                    fakes[id(tensor)] = fake
+                tensors[name] = fakes[id(tensor)]
+
+
 def predict(config: Config, meta_model: GPT, batch: Sequence[Row]) -> dict[str, Any]:
     """One mode's cost under the names of COLUMNS, if every micro-batch is like `batch`. The peak is that of the run's
     tensors on its device. `meta_model` comes from training.build_on_meta."""
@@ -130,9 +147,7 @@ def predict(config: Config, meta_model: GPT, batch: Sequence[Row]) -> dict[str, 
     model = copy.deepcopy(meta_model)
     meter = MemoryMeter(device.type, model.config)
     with FakeTensorMode(), FakeValues(), meter:
-        fake = {name: torch.empty(p.shape, dtype=p.dtype, device=device) for name, p in model.named_parameters()}
-        model.load_state_dict(fake, assign=True)  # model.to(device) refuses to turn meta into fake tensors
-        del fake
+        make_fake(model, device)
         model.train()
         optimizer = make_optimizer(model, options.lr, options.weight_decay)
         tuned = modes.tuned_parameters(model)

@@ -90,7 +90,7 @@ def load_on_meta(name: str) -> Base:
     """The base without its weights, on the meta device. A preset needs neither folder nor network. Raises UserError."""
     if name in PRESETS:
         config = PRESETS[name].config
-        return Base(name, None, build_on_meta(config, name), None, None, eos_token_id=config.eos_token_id)
+        return Base(name, None, model_on_meta(config, name), None, None, eos_token_id=config.eos_token_id)
     return read_folder(name, find_folder(name))
 
 
@@ -99,11 +99,11 @@ def read_folder(name: str, folder: Path) -> Base:
     config, raw = read_config(folder)
     tokenizer, settings = load_tokenizer(folder, raw, config.vocab_size)
     eos, notes = end_of_text(folder, raw, tokenizer, settings, config.vocab_size)
-    model = build_on_meta(replace(config, eos_token_id=eos), str(folder / "config.json"))
+    model = model_on_meta(replace(config, eos_token_id=eos), str(folder / "config.json"))
     return Base(name, folder, model, tokenizer, None, eos, (*settings.notes, *notes))
 
 
-def build_on_meta(config: GPTConfig, where: str) -> GPT:
+def model_on_meta(config: GPTConfig, where: str) -> GPT:
     """A frozen model without weights. Raises UserError for sizes that no tensor can have."""
     try:
         with torch.device("meta"):
@@ -251,7 +251,7 @@ def save_folder(base: Base, model: GPT, folder: Path) -> None:
     parameters = dict(model.named_parameters())
     tensors = {}
     # only GPT-2's parameters: a merged model may still hold those of its mode
-    for name in shapes(build_on_meta(model.config, str(folder))):
+    for name in shapes(model_on_meta(model.config, str(folder))):
         tensor = parameters[name].T if CONV1D.fullmatch(name) else parameters[name]
         tensors[f"transformer.{name}"] = tensor.float()
     raw = {} if base.folder is None else atomic.read_json(base.folder / "config.json", dict)

@@ -69,9 +69,9 @@ class KVCache:
     def advance(self) -> Tensor:
         """Begin a step with one new token in every row. Returns their positions (B,), in the cache's order of rows.
 
-        Sets what all layers use in this step: the slots of the new tokens, and the masks.
+        Sets what all layers use in this step: these positions, the slots of the new tokens, and the masks.
         """
-        positions = torch.tensor(self.seqlens, device=self.k.device)
+        self.positions = positions = torch.tensor(self.seqlens, device=self.k.device)
         self.new_slots = (self.slot_offset + positions[:, None]).flatten()  # (B nh,)
         self.seqlens = [seqlen + 1 for seqlen in self.seqlens]
         self.masks = []  # for each group (b, 1, 1, slots in use): True where a row has a token

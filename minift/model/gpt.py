@@ -105,9 +105,9 @@ class Attention(nn.Module):
             self.scale /= layer + 1
 
     def forward(self, x: Tensor, rows: PackedRows, dropout: float = 0.0, cache: KVCache | None = None,
-                positions: Tensor | None = None) -> Tensor:
-        """Attention within each packed row, (N, C) -> (N, C), or (n, C) of the tokens that `positions` (n,)
-        index. A `cache` takes the keys and values."""
+                selected: Tensor | None = None) -> Tensor:
+        """Attention within each packed row, (N, C) -> (N, C), or (n, C) of the tokens that `selected` (n,)
+        indexes. A `cache` takes the keys and values."""
         qkv = self.c_attn(x)  # (N, C) -> (N, 3C)
         # before the cache is filled, so that the prefix is in it when decoding
         if self.prefix is not None:
@@ -116,7 +116,7 @@ class Attention(nn.Module):
             cache.prefill(self.layer, qkv, rows)
         y = attention(qkv, rows, self.n_head, self.scale, dropout)  # (N, C)
         # keys and values need all tokens, but the projection only the selected ones
-        return self.c_proj(select_tokens(y, positions))  # (N, C) -> (n, C)
+        return self.c_proj(select_tokens(y, selected))  # (N, C) -> (n, C)
 
     def next(self, x: Tensor, cache: KVCache) -> Tensor:
         """The same for one new token in each of the cache's rows, (B, C) -> (B, C)."""
@@ -165,10 +165,10 @@ class Block(nn.Module):
         self.mlp_adapter = nn.Identity()
 
     def forward(self, x: Tensor, rows: PackedRows, dropout: float = 0.0, cache: KVCache | None = None,
-                positions: Tensor | None = None) -> Tensor:
-        """x (N, C) -> (N, C), or (n, C) of the tokens that `positions` (n,) index. Keys and values use all tokens."""
-        attended = self.attn(self.ln_1(x), rows, dropout, cache, positions)
-        return self.add_sublayers(select_tokens(x, positions), attended, dropout)
+                selected: Tensor | None = None) -> Tensor:
+        """x (N, C) -> (N, C), or (n, C) of the tokens that `selected` (n,) indexes. Keys and values use all tokens."""
+        attended = self.attn(self.ln_1(x), rows, dropout, cache, selected)
+        return self.add_sublayers(select_tokens(x, selected), attended, dropout)
 
     def next(self, x: Tensor, cache: KVCache) -> Tensor:
         """One new token in each of the cache's rows, (B, C) -> (B, C)."""
@@ -182,9 +182,9 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp_adapter(self.mlp(self.ln_2(x))), dropout)
 
 
-def select_tokens(x: Tensor, positions: Tensor | None) -> Tensor:
-    """(N, C) -> (n, C), the tokens that `positions` (n,) index; None selects all."""
-    return x if positions is None else x.index_select(0, positions)
+def select_tokens(x: Tensor, selected: Tensor | None) -> Tensor:
+    """(N, C) -> (n, C), the tokens that `selected` (n,) indexes; None selects all."""
+    return x if selected is None else x.index_select(0, selected)
 
 
 class GPT(nn.Module):
@@ -247,8 +247,8 @@ class GPT(nn.Module):
             x = torch.where((positions < self.prompt_tokens)[:, None], soft, x)
         return (x + self.wpe(positions)).to(self.compute_dtype)
 
-    def hidden(self, batch: Batch, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """The hidden states after the last norm: (n, C) of the tokens that `positions` (n,) index, or (N, C) of all.
+    def hidden(self, batch: Batch, selected: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """The hidden states after the last norm: (n, C) of the tokens that `selected` (n,) indexes, or (N, C) of all.
         A `cache` takes the keys and values of the rows, for `next_hidden`.
 
         Raises UserError when a row does not fit into the model's positions.
@@ -265,14 +265,14 @@ class GPT(nn.Module):
         x = F.dropout(self.embed(batch.tokens, rows.positions), dropout)
         for block in self.h:
             # After attention in the last block, only the selected tokens are needed: in training those before a
-            # target, some 15 % of all. But layers that were told of all tokens by set_rows must get all.
-            selected = positions if block is self.h[-1] and not self.per_row_layers else None
+            # target, some 15 % of all. Layers in per_row_layers get every token, so then nothing is left out.
+            needed = selected if block is self.h[-1] and not self.per_row_layers else None
             if self.checkpoint and self.training:
-                x = checkpoint(block, x, rows, dropout, cache, selected, use_reentrant=False)
+                x = checkpoint(block, x, rows, dropout, cache, needed, use_reentrant=False)
             else:
-                x = block(x, rows, dropout, cache, selected)
+                x = block(x, rows, dropout, cache, needed)
         if self.per_row_layers:
-            x = select_tokens(x, positions)
+            x = select_tokens(x, selected)
         return self.ln_f(x)
 
     def next_hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:

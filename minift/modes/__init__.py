@@ -11,6 +11,10 @@ by name. The contract:
   new parameters on the device of the layer that they extend. In train.py the weights are fp32, in eval.py they are
   already in the compute dtype: initial values computed from them differ by rounding, but a tuned file replaces them.
 - New parameters are fp32. A layer casts them to the dtype of its input at each use.
+- Only parameters that train are saved. A tensor that a mode adds and that does not train must follow from the options
+  alone, drawn with a generator of its own: eval.py does not set the seed of a run. Register it as a buffer, or as a
+  parameter with `requires_grad=False`; several layers may share it.
+- A mode that updates linear layers finds them with `lora.target_layers` and replaces them with `lora.replace_layer`.
 - A mode that needs positions in front of each row sets `model.prompt_tokens`, and fills `model.prompt` (one
   embedding for each position) or `block.attn.prefix` in every block (keys and values for each position).
   Adapters go to `block.attn_adapter` and `block.mlp_adapter`. Everything else replaces a `Linear`.
@@ -20,7 +24,11 @@ by name. The contract:
 - A layer that computes differently in each row adds itself to `model.per_row_layers`.
 - Wrong options raise UserError with the flag, the reason and a remedy. Any other exception is a bug of the mode
   and is shown with its traceback.
-- Two modes may have a flag of the same name and type, such as --rank.
+- Two modes may have a flag of the same name and type, such as --rank. `--mode all --rank 8` then sets it in both.
+- `merge`, where there is one, leaves a model that computes as before in GPT-2's own weights; a mode without it says
+  the reason in `why_no_merge`.
+
+The tests run every mode: add its smallest options and a learning rate to MODES in tests/scripts.py.
 """
 
 from importlib import import_module
