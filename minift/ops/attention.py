@@ -4,7 +4,6 @@ Letters in shape comments: N tokens of all rows, B rows, T tokens of the longest
 hs = C / nh. In a group of rows that are attended together, b is their number.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +134,6 @@ class WindowedAttention(torch.autograd.Function):
     - Rows with windows of the same length form a group, and share each matrix product.
     - Rows of one query block keep their probabilities for the backward pass. Longer rows recompute theirs, so memory
       grows with the number of tokens and not with the square of a row's length.
-    - All groups use the same workspace for windows and scores, one after another: it stays in the processor's cache.
     """
 
     @staticmethod
@@ -145,15 +143,17 @@ class WindowedAttention(torch.autograd.Function):
         mask = causal_mask(rows, qkv)
         y = qkv.new_empty(len(qkv), qkv.shape[1] // 3)  # (N, C)
         y[rows.num_tokens :] = 0  # the filler; every other token is written below
-        workspace, scores = allocate_workspace(4, groups, n_head, y)  # q, k, v, y
-        saved_probs = []
+        saved_probs = []  # of each block of each group
         for group in groups:
-            heads = view_windows(workspace, group, y.shape[1], n_head)  # (4, b, nh, T, hs)
-            gather_heads(qkv.unflatten(1, (3, n_head, -1)), group, heads[:3])
-            group_seed = offset_seed(seed, group[0].start)
-            probs = attend(*heads.flatten(1, 2), scores, mask, scale, dropout, group_seed)
-            saved_probs.append(probs)
-            scatter_heads(heads[3:], group, y.unflatten(1, (1, n_head, -1)))
+            q, k, v = gather_heads(qkv, group, 3, n_head)  # each (b nh, T, hs)
+            out = torch.empty_like(q)
+            blocks = query_blocks(group)
+            for block, keys in blocks:
+                probs = probabilities(q[:, block], k[:, keys], mask[block, keys], scale)  # (b nh, queries, keys)
+                block_seed = offset_seed(seed, group, block)
+                torch.bmm(dropout_probs(probs, dropout, block_seed), v[:, keys], out=out[:, block])
+                saved_probs.append(probs if len(blocks) == 1 else None)
+            scatter_heads(out[None], group, y, n_head)
         # not the heads: gathering them again from qkv is cheap, and they are as large as qkv
         ctx.save_for_backward(seed, qkv, *saved_probs)
         ctx.args = rows, groups, n_head, scale, dropout
@@ -166,15 +166,29 @@ class WindowedAttention(torch.autograd.Function):
         mask = causal_mask(rows, qkv)
         dqkv = torch.empty_like(qkv)  # (N, 3C)
         dqkv[rows.num_tokens :] = 0
-        workspace, scores = allocate_workspace(7, groups, n_head, dy)  # q, k, v, dy, dq, dk, dv
-        for group, probs in zip(groups, saved_probs, strict=True):
-            heads = view_windows(workspace, group, dy.shape[1], n_head)  # (7, b, nh, T, hs)
-            gather_heads(qkv.unflatten(1, (3, n_head, -1)), group, heads[:3])
+        for group in reversed(groups):  # as saved_probs is read from its end
+            q, k, v = gather_heads(qkv, group, 3, n_head)
             # the tokens beyond a row belong to the next row: here they must not add to the gradients
-            gather_heads(dy.unflatten(1, (1, n_head, -1)), group, heads[3:4], zero_extra=True)
-            group_seed = offset_seed(seed, group[0].start)  # as in the forward pass
-            attend_backward(*heads.flatten(1, 2), probs, scores, mask, scale, dropout, group_seed)
-            scatter_heads(heads[4:], group, dqkv.unflatten(1, (3, n_head, -1)))
+            [dout] = gather_heads(dy, group, 1, n_head, zero_extra=True)
+            dheads = q.new_empty(3, *q.shape)
+            dq, dk, dv = dheads
+            # the last block first: it sees all keys, so it writes all of dk and dv, and the others add to them
+            for block, keys in reversed(query_blocks(group)):
+                beta = 0 if keys.stop == q.shape[1] else 1
+                probs = saved_probs.pop()
+                if probs is None:
+                    probs = probabilities(q[:, block], k[:, keys], mask[block, keys], scale)
+                block_seed = offset_seed(seed, group, block)  # as in the forward pass
+                # out = drop(probs) v
+                dropped_probs = dropout_probs(probs, dropout, block_seed)
+                add_matmul(dv[:, keys], dropped_probs.transpose(1, 2), dout[:, block], beta)
+                dprobs = dropout_probs(dout[:, block] @ v[:, keys].transpose(1, 2), dropout, block_seed)
+                # probs = softmax(scores); the gradient of the scores is written over that of the probabilities
+                dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype, grad_input=dprobs)
+                # scores = scale q k^T + mask
+                add_matmul(dq[:, block], dscores, k[:, keys], 0, scale)
+                add_matmul(dk[:, keys], dscores.transpose(1, 2), q[:, block], beta, scale)
+            scatter_heads(dheads, group, dqkv, n_head)
         return dqkv, None, None, None, None, None
 
 
@@ -183,7 +197,7 @@ def group_rows(rows: PackedRows, n_head: int) -> list[list[slice]]:
     of two, so that there are few shapes."""
     same_window: dict[int, list[slice]] = {}
     for row in rows.slices:
-        same_window.setdefault(window_length(row), []).append(row)
+        same_window.setdefault(window_length([row]), []).append(row)
     groups = []
     for T, members in same_window.items():
         most_rows = max(1, MAX_SCORES // (n_head * T * min(T, QUERY_BLOCK)))
@@ -195,97 +209,50 @@ def group_rows(rows: PackedRows, n_head: int) -> list[list[slice]]:
     return groups
 
 
-def window_length(row: slice) -> int:
-    """T, the tokens of a row with its length rounded up."""
-    return round_up(row.stop - row.start, ROUND_LEN)
+def window_length(group: list[slice]) -> int:
+    """T, the tokens of a row of the group with its length rounded up."""
+    return round_up(group[0].stop - group[0].start, ROUND_LEN)
+
+
+def query_blocks(group: list[slice]) -> list[tuple[slice, slice]]:
+    """Each block of queries, and the keys up to its last query. Later ones are masked for all of them."""
+    T = window_length(group)
+    blocks = []
+    for start in range(0, T, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, T)
+        blocks.append((slice(start, end), slice(0, end)))
+    return blocks
 
 
 def causal_mask(rows: PackedRows, like: Tensor) -> Tensor:
-    """(T, T) for the queries of one block: 0 for the keys that a query sees, -inf for later ones."""
-    T = min(round_up(rows.max_seqlen, ROUND_LEN), QUERY_BLOCK)
+    """(T, T): 0 for the keys that a query sees, -inf for later ones."""
+    T = round_up(rows.max_seqlen, ROUND_LEN)
     return like.new_full((T, T), -torch.inf).triu(1)
 
 
-def allocate_workspace(parts: int, groups: list[list[slice]], n_head: int,
-                       like: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory that is large enough for any one group: for the windows of `parts` tensors, each of them as wide as
-    `like` (N, C), and for the scores."""
-    most_tokens = most_scores = 0
-    for group in groups:
-        b, T = len(group), window_length(group[0])
-        most_tokens = max(most_tokens, b * T)
-        most_scores = max(most_scores, b * n_head * min(T, QUERY_BLOCK) * T)
-    return like.new_empty(parts, most_tokens * like.shape[1]), like.new_empty(most_scores)
-
-
-def view_windows(workspace: Tensor, group: list[slice], C: int, n_head: int) -> Tensor:
-    """The part of the workspace that a group uses, as (parts, b, nh, T, hs)."""
-    b, T = len(group), window_length(group[0])
-    used = workspace[:, : b * T * C]
-    return used.view(len(workspace), b, n_head, T, C // n_head)
-
-
-def gather_heads(x: Tensor, group: list[slice], out: Tensor, zero_extra: bool = False) -> None:
-    """Copy the rows' windows of x (N, parts, nh, hs) into `out` (parts, b, nh, T, hs). The tokens beyond the end of
-    a row are those that follow it in x, or zeros with `zero_extra`."""
-    T = out.shape[3]
+def gather_heads(x: Tensor, group: list[slice], parts: int, n_head: int, zero_extra: bool = False) -> Tensor:
+    """The windows of the group's rows in x (N, parts C): (parts, b nh, T, hs). The tokens beyond the end of a row are
+    those that follow it in x, or zeros with `zero_extra`."""
+    b, T = len(group), window_length(group)
+    x = x.unflatten(1, (parts, n_head, -1))  # (N, parts, nh, hs)
+    windows = x.new_empty(parts, b, n_head, T, x.shape[3])
     for i, row in enumerate(group):
         end = row.stop if zero_extra else row.start + T
         count = end - row.start
-        # (count, parts, nh, hs) -> (parts, nh, count, hs)
-        out[:, i, :, :count] = x[row.start : end].permute(1, 2, 0, 3)
+        windows[:, i, :, :count] = x[row.start : end].permute(1, 2, 0, 3)  # (parts, nh, count, hs)
         if zero_extra:
-            out[:, i, :, count:] = 0
+            windows[:, i, :, count:] = 0
+    return windows.flatten(1, 2)
 
 
-def scatter_heads(x: Tensor, group: list[slice], out: Tensor) -> None:
-    """Copy the tokens of the rows, without those beyond their ends, from x (parts, b, nh, T, hs) into `out`
-    (N, parts, nh, hs)."""
+def scatter_heads(windows: Tensor, group: list[slice], out: Tensor, n_head: int) -> None:
+    """Copy the tokens of the rows, without those beyond their ends, from `windows` (parts, b nh, T, hs) into `out`
+    (N, parts C)."""
+    windows = windows.unflatten(1, (len(group), n_head))  # (parts, b, nh, T, hs)
+    out = out.unflatten(1, (len(windows), n_head, -1))  # (N, parts, nh, hs)
     for i, row in enumerate(group):
         seqlen = row.stop - row.start
-        out[row] = x[:, i, :, :seqlen].permute(2, 0, 1, 3)  # (parts, nh, seqlen, hs) -> (seqlen, parts, nh, hs)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, workspace: Tensor, mask: Tensor, scale: float,
-           dropout: float, seed: Tensor | None) -> Tensor | None:
-    """q, k, v -> out, each (b nh, T, hs), one query block at a time. Returns the probabilities if there was one
-    block, else None."""
-    T = q.shape[1]
-    keep = T <= QUERY_BLOCK
-    for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
-        # keys after the block's last query are all masked, so they are left out
-        probs = probabilities(q, k, start, end, workspace, mask, scale, keep)  # (b nh, end - start, end)
-        dropped_probs = dropout_probs(probs, dropout, offset_seed(seed, start))
-        torch.bmm(dropped_probs, v[:, :end], out=out[:, start:end])
-    return probs if keep else None
-
-
-def attend_backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-                    saved_probs: Tensor | None, workspace: Tensor, mask: Tensor, scale: float, dropout: float,
-                    seed: Tensor | None) -> None:
-    """q, k, v, dy -> dq, dk, dv, each (b nh, T, hs). `saved_probs`: None to recompute them."""
-    T = q.shape[1]
-    # backwards, since the last block sees every key: it writes all of dk and dv, and the others add to them
-    for start in reversed(range(0, T, QUERY_BLOCK)):
-        end = min(start + QUERY_BLOCK, T)
-        beta = 0 if end == T else 1  # 0: overwrite, 1: add
-        block_seed = offset_seed(seed, start)
-        probs = saved_probs
-        if probs is None:
-            probs = probabilities(q, k, start, end, workspace, mask, scale, keep=True)
-        # out = drop(probs) v
-        dropped_probs = dropout_probs(probs, dropout, block_seed)
-        add_matmul(dv[:, :end], dropped_probs.transpose(1, 2), dy[:, start:end], beta)
-        dprobs = workspace[: probs.numel()].view_as(probs)  # (b nh, end - start, end)
-        torch.bmm(dy[:, start:end], v[:, :end].transpose(1, 2), out=dprobs)
-        dprobs = dropout_probs(dprobs, dropout, block_seed)
-        # probs = softmax(scores); the gradient of the scores is written over that of the probabilities
-        dscores = dprobs
-        torch._softmax_backward_data(dprobs, probs, -1, probs.dtype, grad_input=dscores)
-        # scores = scale q k^T + mask
-        add_matmul(dq[:, start:end], dscores, k[:, :end], 0, scale)
-        add_matmul(dk[:, :end], dscores.transpose(1, 2), q[:, start:end], beta, scale)
+        out[row] = windows[:, i, :, :seqlen].permute(2, 0, 1, 3)  # (parts, nh, seqlen, hs) -> (seqlen, parts, nh, hs)
 
 
 def add_matmul(out: Tensor, a: Tensor, b: Tensor, beta: int, alpha: float = 1.0) -> None:
@@ -293,21 +260,15 @@ def add_matmul(out: Tensor, a: Tensor, b: Tensor, beta: int, alpha: float = 1.0)
     torch.baddbmm(out, a, b, beta=beta, alpha=alpha, out=out)
 
 
-def probabilities(q: Tensor, k: Tensor, start: int, end: int, workspace: Tensor, mask: Tensor, scale: float,
-                  keep: bool) -> Tensor:
-    """softmax(scale q[start:end] k[:end]^T + mask); a new tensor with `keep`, else in the workspace."""
-    block_mask = mask[: end - start, : end - start]
-    if start:
-        block_mask = F.pad(block_mask, (start, 0))  # every query of the block sees all keys before it
-    shape = len(q), end - start, end  # (b nh, queries, keys)
-    scores = workspace[: math.prod(shape)].view(shape)
-    torch.baddbmm(block_mask, q[:, start:end], k[:, :end].transpose(1, 2), alpha=scale, out=scores)
-    return scores.softmax(-1) if keep else torch.softmax(scores, -1, out=scores)
+def probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T + mask) for q (b nh, queries, hs), k (b nh, keys, hs) and mask (queries, keys)."""
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
+    return torch.softmax(scores, -1, out=scores)
 
 
-def offset_seed(seed: Tensor | None, offset: int) -> Tensor | None:
-    """A different dropout seed for each group of rows and each query block; `offset` is the start of its tokens."""
-    return None if seed is None else seed + offset
+def offset_seed(seed: Tensor | None, group: list[slice], block: slice) -> Tensor | None:
+    """A different dropout seed for each group of rows and each query block."""
+    return None if seed is None else seed + group[0].start + block.start
 
 
 def dropout_probs(probs: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
