@@ -14,6 +14,7 @@ import torch
 
 from minift.distributed import LOCAL_RANK, WORLD_SIZE
 from minift.errors import UserError
+from minift.openmp import adapt_waiting
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "fp32", "bf16")
@@ -22,8 +23,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def configure_process() -> None:
-    """Settings of the allocator and of oneDNN that make training faster and smaller. Call it before the first
-    matrix product; the scripts and weights.load do."""
+    """Settings of the allocator, of oneDNN and of OpenMP that make training faster and smaller. Call it before the
+    first matrix product; the scripts and weights.load do."""
     # setdefault: the user's own environment variables win
     # oneDNN and torch keep compiled code for each shape of a matrix product, some 1 MB a shape, by default for
     # 1,024 shapes. 20 ragged batches of SAMSum have 256 shapes; with room for 64, a step takes a tenth longer.
@@ -34,6 +35,7 @@ def configure_process() -> None:
         # Keep freed memory in the process: page faults on vocabulary-sized gradients made a full step 1/7 slower.
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_MMAP_MAX, 0)
+    adapt_waiting()
 
 
 @functools.cache

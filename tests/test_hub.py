@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from minift.errors import UserError
-from minift.files import hub, weights
+from minift.files import weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -156,7 +156,7 @@ def test_without_a_network_the_message_says_what_to_do(tmp_path: Path, environme
 
 
 def test_without_huggingface_hub_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "snapshot_download", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # Python then fails to import it
     with pytest.raises(UserError, match="needs the package huggingface_hub.*or put config.json"):
         weights.load("gpt2-xl")
 
@@ -170,7 +170,7 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], N
         settings = {"endpoint": address} if address else {"local_files_only": True}
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", not address)
         download = functools.partial(huggingface_hub.snapshot_download, cache_dir=cache, **settings)
-        monkeypatch.setattr(hub, "snapshot_download", download)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
 
     return use
 

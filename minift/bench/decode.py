@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from minift import modes
+from minift.bench.busy import BUSY_COLUMNS, BUSY_WIDTHS, compare_busy
 from minift.bench.train import random_model
 from minift.device import (
     DEVICES,
@@ -22,13 +23,13 @@ from minift.device import (
     machine_name,
     peak_memory,
     reset_peak_memory,
-    time_call,
 )
 from minift.errors import UserError
 from minift.files.hub import PRESETS
 from minift.model.generate import generate
 from minift.modes import MODES
 from minift.options import Parser, add_options, option, resolve
+from minift.report.latency import time_request
 from minift.report.table import format_bytes, table_head, table_row
 
 COLUMNS = {
@@ -55,6 +56,7 @@ class DecodeOptions:
     repeats: int = option(5, "timed runs, after one that is not", least=1)
     dtype: str = option("auto", "compute dtype; auto: bf16 where the hardware has it", choices=DTYPES)
     device: str = option("auto", "where to compute", choices=DEVICES)
+    busy: bool = option(False, "also measure beside a program that keeps one core busy")
 
 
 def bench_decode(arguments: list[str]) -> None:
@@ -67,12 +69,14 @@ def bench_decode(arguments: list[str]) -> None:
     facts = {"machine": machine_name(device), "torch": torch.__version__, **asdict(options),
              "dtype": str(dtype).removeprefix("torch.")}
     print(", ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
-    print(table_head(COLUMNS, WIDTHS))
+    columns = COLUMNS | BUSY_COLUMNS if options.busy else COLUMNS
+    widths = WIDTHS + BUSY_WIDTHS if options.busy else WIDTHS
+    print(table_head(columns, widths))
     results = []
     for name in names:
         result = measure(name, options, dtype, device)
         results.append(result)
-        print(table_row(result, COLUMNS, WIDTHS), flush=True)
+        print(table_row(result, columns, widths), flush=True)
     print(json.dumps(facts | {"rows": results}))
 
 
@@ -102,11 +106,15 @@ def measure(name: str, options: DecodeOptions, dtype: torch.dtype, device: torch
                         "lower them")
 
     generate(model, prompts, options.new_tokens)  # warm-up
-    first_times, times = [], []
-    for _ in range(options.repeats):
-        first_times.append(time_call(lambda: generate(model, prompts, 1), device))
-        times.append(time_call(lambda: generate(model, prompts, options.new_tokens), device))
+    requests = [time_request(model, prompts, options.new_tokens) for _ in range(options.repeats)]
+    first_times, times = zip(*requests, strict=True)
     first, total = statistics.median(first_times), statistics.median(times)
+
+    def rate() -> float:
+        _, seconds = time_request(model, prompts, options.new_tokens)
+        return options.batch * options.new_tokens / seconds
+
+    busy = compare_busy(rate) if options.busy else {}
     return {
         "mode": name,
         "first_token_ms": first * 1e3,
@@ -116,4 +124,4 @@ def measure(name: str, options: DecodeOptions, dtype: torch.dtype, device: torch
         "new_tokens_per_second": options.batch * options.new_tokens / total,
         "decode_tokens_per_second": options.batch * (options.new_tokens - 1) / (total - first),
         "peak_memory_bytes": peak_memory(device),
-    }
+    } | busy

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from minift import modes
+from minift.bench.busy import BUSY_COLUMNS, BUSY_WIDTHS, compare_busy
 from minift.bench.ceilings import linear_rate
 from minift.device import (
     DEVICES,
@@ -68,6 +69,7 @@ class TrainBenchOptions:
     kernel: str | None = option(None, "LoRA's implementation (default: auto)", choices=KERNELS)
     dtype: str = option("auto", "compute dtype; auto: bf16 where the hardware has it", choices=DTYPES)
     device: str = option("auto", "where to compute", choices=DEVICES)
+    busy: bool = option(False, "also measure beside a program that keeps one core busy")
 
 
 def bench_train(arguments: list[str]) -> None:
@@ -82,12 +84,14 @@ def bench_train(arguments: list[str]) -> None:
     facts = {"machine": machine_name(device), "torch": torch.__version__, **asdict(options),
              "dtype": str(dtype).removeprefix("torch.")}
     print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None) + "\n")
-    print(table_head(COLUMNS, WIDTHS))
+    columns = COLUMNS | BUSY_COLUMNS if options.busy else COLUMNS
+    widths = WIDTHS + BUSY_WIDTHS if options.busy else WIDTHS
+    print(table_head(columns, widths))
     results = []
     for name in names:
         result = measure(name, options, dtype, device)
         results.append(result)
-        print(table_row(result, COLUMNS, WIDTHS), flush=True)
+        print(table_row(result, columns, widths), flush=True)
     print(json.dumps(facts | {"rows": results}))
 
 
@@ -150,8 +154,9 @@ def measure(name: str, options: TrainBenchOptions, dtype: torch.dtype,
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    steps = random_steps(options, model)
     times, rates = [], []
-    for number, rows in enumerate(random_steps(options, model)):
+    for number, rows in enumerate(steps):
         seconds = time_call(lambda rows=rows: step(rows), device)
         if number >= WARMUP:
             times.append(seconds)
@@ -160,6 +165,11 @@ def measure(name: str, options: TrainBenchOptions, dtype: torch.dtype,
     with MemoryMeter(device.type, model.config) as meter:
         step(rows)  # one more step, not timed since the meter is slow, to count FLOPs
 
+    def rate() -> float:
+        seconds = [time_call(lambda rows=rows: step(rows), device) for rows in steps[WARMUP:]]
+        return sum(map(count_tokens, steps[WARMUP:])) / sum(seconds)
+
+    busy = compare_busy(rate) if options.busy else {}
     tokens_per_second = statistics.median(rates)
     flops_per_token = meter.flops / count_tokens(rows)  # ragged steps differ in tokens, not much in this
     flops_per_second = flops_per_token * tokens_per_second
@@ -178,7 +188,7 @@ def measure(name: str, options: TrainBenchOptions, dtype: torch.dtype,
         "flops_per_second": flops_per_second,
         "matmul_flops_per_second": matmul_rate,
         "share": flops_per_second / matmul_rate,
-    }
+    } | busy
 
 
 def mode_options(name: str, options: TrainBenchOptions) -> Any:

@@ -9,11 +9,6 @@ from minift.files import tokenizer
 from minift.files.gpt2_config import read_config
 from minift.model.gpt import GPTConfig
 
-try:
-    from huggingface_hub import snapshot_download
-except ImportError:
-    snapshot_download = None  # no folder needs it; `fetch` says so if a name of the Hub does
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -87,9 +82,11 @@ def fetch(name: str, repository: str, revision: str | None, files: list[str]) ->
     folder = name.partition("@")[0].rpartition("/")[2]
     by_hand = ("put config.json, model.safetensors, vocab.json and merges.txt of "
                f"huggingface.co/{repository} into a folder and pass its path, such as --model ./{folder}")
-    if snapshot_download is None:
+    try:
+        from huggingface_hub import snapshot_download  # takes a third of a second, and no folder needs it
+    except ImportError:
         raise UserError(f"{problem} needs the package huggingface_hub, which tokenizers brings along; "
-                        f"or {by_hand}")
+                        f"or {by_hand}") from None
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
     except Exception as error:  # a network fails in many ways, and the remedy is always the same
