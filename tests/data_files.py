@@ -5,8 +5,13 @@ from pathlib import Path
 
 import tokenizers
 
-from minift.data.pairs import Pair
-from minift.data.tokens import Example
+from minift.data import dataset, pairs
+from minift.data.dataset import DataOptions
+from minift.data.layouts import Pair, PairOptions
+from minift.data.pair_file import NewPairFile, StoredPairs
+from minift.data.readers import FileFormat
+from minift.data.row_store import Examples
+from minift.data.tokens import Counts, Encoder, Example
 
 EOS = 256
 
@@ -34,6 +39,28 @@ def jsonl(rows: list) -> str:
 
 def numbered(count: int, start: int = 0) -> list[dict[str, str]]:
     return [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(start, start + count)]
+
+
+def read_file(path: Path, prompt_field: str | None = None, completion_field: str | None = None,
+              skip_bad: bool = False, format: FileFormat = pairs.PLAIN_FORMAT,
+              **flags) -> tuple[StoredPairs, list[str]]:
+    options = PairOptions(prompt_field, completion_field, **flags)
+    return pairs.read_file(path, options, format, skip_bad, NewPairFile(0, None))
+
+
+def encode(pairs: list[Pair], tokenizer: tokenizers.Tokenizer, eos_id: int, max_length: int,
+           *options: str, **more: str) -> tuple[list[Example], Counts]:
+    encoder, counts, rows = Encoder(tokenizer, eos_id, max_length, *options, **more), Counts(), []
+    for pair, tokens in zip(pairs, encoder.tokenize(pairs), strict=True):
+        rows += encoder.rows(pair, tokens, counts)
+    return rows, counts
+
+
+def load(path: Path, room: int, seed: int = 0, **options) -> tuple[dict[str, Examples], list[str]]:
+    """All rows of a file, with the tokenizer of bytes."""
+    limits = {"train": None, "val": None, "test": None}
+    found = dataset.load_examples(DataOptions(data=str(path), **options), seed, byte_tokenizer(), EOS, room, limits)
+    return found[:2]  # without the facts on quality
 
 
 def texts(pairs: list[Pair]) -> list[tuple[str, str]]:

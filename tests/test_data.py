@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from data_files import example, jsonl, numbered, texts, write
 
-from minift.data.dataset import DataOptions, batches, read_pairs
+from minift.data import dataset
+from minift.data.dataset import DataOptions, read_pairs
 from minift.data.tokens import Example
 from minift.errors import UserError
 
@@ -90,7 +91,7 @@ def test_what_a_folder_lacks_is_cut_out_of_train(tmp_path):
     pairs = read_pairs(DataOptions(data=str(tmp_path)), seed=0)
     assert len(pairs.test) == 7 and 8 <= len(pairs.val) <= 32
     whole = [(row["prompt"], row["completion"]) for row in numbered(200)]
-    assert sorted(texts(pairs.train + pairs.val)) == sorted(whole)
+    assert sorted(texts([*pairs.train, *pairs.val])) == sorted(whole)
     assert pairs.notes[-1].startswith("train.jsonl: split by a hash of the prompt, rows: train 1")
     assert not read_pairs(DataOptions(data=str(tmp_path), split="100,0,0"), seed=0).val
 
@@ -190,6 +191,11 @@ def test_one_text_is_cut_in_order_at_line_ends(tmp_path):
 
 
 # Batches
+
+
+def batches(rows: list[Example], batch_size: int, seed: int, epoch: int) -> list[list[Example]]:
+    numbers = dataset.batches(dataset.row_lengths(rows), batch_size, seed, epoch)
+    return [[rows[number] for number in batch] for batch in numbers]
 
 
 def ragged(count: int, seed: int) -> list[Example]:

@@ -5,9 +5,9 @@ import random
 from pathlib import Path
 
 import pytest
-from data_files import jsonl, texts, write
+from data_files import jsonl, read_file, texts, write
 
-from minift.data.pairs import Pair, PairOptions, Prompt, read_file, read_prompts
+from minift.data.pairs import Pair, PairOptions, Prompt, read_prompts
 from minift.data.templates import parse_template
 from minift.errors import UserError
 

@@ -7,11 +7,10 @@ import random
 import tracemalloc
 
 import pytest
-from data_files import jsonl, numbered, texts, write
+from data_files import jsonl, numbered, read_file, texts, write
 
 from minift.data.dataset import DataOptions, read_pairs
 from minift.data.lines import MAX_LINE_BYTES
-from minift.data.pairs import read_file
 from minift.data.readers import FileFormat
 from minift.errors import UserError
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from data_files import EOS, byte_tokenizer, example, jsonl, numbered, write
+from data_files import EOS, byte_tokenizer, encode, jsonl, load, numbered, write
 from transformers import AddedToken, GPT2TokenizerFast
 
-from minift.data.dataset import DataOptions, length_report, load_examples
+from minift.data.dataset import DataOptions, load_examples
 from minift.data.pairs import Pair
-from minift.data.tokens import Counts, Example, encode, tokenize
+from minift.data.tokens import Counts, tokenize
 from minift.errors import UserError
 
 
@@ -27,7 +27,7 @@ def test_a_row_is_prompt_completion_and_end_of_text():
     assert counts == Counts(joined=2) and [found.pair for found in examples] == pairs
 
 
-def test_long_prompts_lose_their_beginning_and_completions_nothing():
+def test_long_prompts_lose_their_beginning_and_completions_nothing(tmp_path):
     tokenizer = byte_tokenizer()
     generator = random.Random(0)
 
@@ -46,28 +46,36 @@ def test_long_prompts_lose_their_beginning_and_completions_nothing():
         assert tokenizer.decode(found.ids[begin:-1]) == " " + found.pair.completion
         assert found.ids[-1] == EOS
     assert counts.shortened == sum(len(pair.prompt) + len(pair.completion) + 2 > 30 for pair in fitting)
-    report = length_report("train", pairs, examples, counts, EOS)
+    assert counts.dropped == len(pairs) - len(fitting)
     lengths = [len(found.ids) for found in examples]
-    first = next(pair for pair in pairs if pair not in fitting)
+    assert counts.first_dropped == next(pair for pair in pairs if pair not in fitting).where
+
+    content = jsonl([{"prompt": pair.prompt, "completion": pair.completion} for pair in pairs])
+    rows, lines = load(write(tmp_path / "rows.jsonl", content), 30, split="100,0,0")
+    assert [(row.ids, row.spans) for row in rows["train"]] == [(row.ids, row.spans) for row in examples]
+    report = lines[2]
+    first = next(number for number, pair in enumerate(pairs, 1) if pair not in fitting)
     assert f"train: {len(examples)} rows, tokens median {statistics.median_low(lengths)} / 95 % " in report
     assert "100% end in end-of-text" in report and "max 30" in report
     assert f"prompts cut: {counts.shortened}" in report
-    assert report.endswith(f"does not fit: {len(pairs) - len(fitting)}, first {first.where}")
+    assert report.endswith(f"does not fit: {counts.dropped}, first rows.jsonl:{first}")
 
 
-def test_no_room_at_all():
-    with pytest.raises(UserError, match="x:1 and every other row: no room in 5 tokens .*--max-length"):
-        encode([Pair("p", "too long", "x:1")], byte_tokenizer(), EOS, 5)
+def test_no_room_at_all(tmp_path):
+    path = write(tmp_path / "rows.jsonl", jsonl([{"prompt": "p", "completion": "too long"}]))
+    with pytest.raises(UserError, match="rows.jsonl:1 and every other row: no room in 5 tokens .*--max-length"):
+        load(path, 5, split="100,0,0")
     with pytest.raises(UserError, match="--max-length 2"):
-        encode([Pair("p", "c", "x:1")], byte_tokenizer(), EOS, 2)
+        load(path, 2)
     assert encode([], byte_tokenizer(), EOS, 5) == ([], Counts())
-    assert length_report("val", [], [], Counts(), EOS) == "val: no rows"
+    rows, lines = load(path, 100, split="100,0,0")
+    assert "val: no rows" in lines and len(rows["train"]) == 1
 
 
 def test_the_report_counts_rows_that_do_not_end(tmp_path):
-    examples = [example(2, 3), Example([1, 2, 3], ((1, 3),), Pair("p", "c", "x:2"))]
-    assert "50% end in end-of-text" in length_report("train", [e.pair for e in examples], examples, Counts(),
-                                                                EOS)
+    path = write(tmp_path / "a.txt", "abcd")
+    _, lines = load(path, 4, split="100,0,0")
+    assert "50% end in end-of-text" in lines[2]  # the second of two windows
 
 
 def test_the_name_of_a_special_token_can_be_text():
@@ -105,7 +113,7 @@ def test_the_join_and_control_tokens_are_reported(tmp_path):
     rows = numbered(19) + [{"prompt": "a<|endoftext|>", "completion": " b"}]
     options = DataOptions(data=str(write(tmp_path / "rows.jsonl", jsonl(rows))), join="\\n")
     limits = {"train": None, "val": None, "test": None}
-    _, lines = load_examples(options, 0, tokenizer, EOS, 100, limits)
+    _, lines, _ = load_examples(options, 0, tokenizer, EOS, 100, limits)
     assert lines[-2:] == [
         r"'\n' put between prompt and completion: 19 of 20 rows, where neither has white space there "
         "(--join)",
@@ -143,7 +151,7 @@ def test_a_chat_is_one_row_with_several_spans():
 
 
 @pytest.mark.parametrize("length", [3, 10, 26, 27, 28, 29, 100])
-def test_every_token_of_a_text_is_learned_once(length):
+def test_every_token_of_a_text_is_learned_once(tmp_path, length):
     tokenizer = byte_tokenizer()
     text = "abcdefghijklmnopqrstuvwxyz"
     examples, _ = encode([Pair("", text, "x:1")], tokenizer, EOS, length)
@@ -153,8 +161,10 @@ def test_every_token_of_a_text_is_learned_once(length):
     assert "".join(row.pair.completion for row in examples) == text
     for row, following in itertools.pairwise(examples):
         assert row.ids[-1] == following.ids[0]
-    report = length_report("train", [Pair("", text, "x:1")], examples, Counts(), EOS)
-    assert report.endswith("cut from 1 texts, each begins after an end-of-text")
+    rows, lines = load(write(tmp_path / "a.txt", text), length, split="100,0,0")
+    assert [(row.ids, row.pair.completion) for row in rows["train"]] == \
+        [(row.ids, row.pair.completion) for row in examples]
+    assert lines[2].endswith("cut from 1 texts, each begins after an end-of-text")
 
 
 def transformers_folder(tokenizer_folder: Path, out: Path, **settings) -> GPT2TokenizerFast:

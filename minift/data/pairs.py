@@ -7,27 +7,28 @@ from typing import Any
 
 from minift.data.chats import WEIGHT_FIELDS, is_learned
 from minift.data.layouts import AnyLayout, Pair, PairOptions, Ranges, TextLayout, choose_layout
+from minift.data.pair_file import NewPairFile, StoredPairs
+from minift.data.progress import progress
 from minift.data.readers import FileFormat, read_records
 from minift.errors import UserError
 
 PLAIN_FORMAT = FileFormat()
 
 
-def read_file(path: Path, prompt_field: str | None = None, completion_field: str | None = None,
-              template: str | None = None, skip_bad: bool = False, turns: str = "all", join: str = " ",
-              format: FileFormat = PLAIN_FORMAT) -> tuple[list[Pair], list[str]]:
-    """The usable pairs of a file in their order, and notes: the layout, rows that were dropped, duplicates.
+def read_file(path: Path, options: PairOptions, format: FileFormat, skip_bad: bool,
+              store: NewPairFile) -> tuple[StoredPairs, list[str]]:
+    """The usable pairs of a file in their order, appended to `store`, and notes: the layout, rows that were dropped,
+    duplicates.
 
     Raises UserError for a file that cannot be read, a layout that is not known, a file without a usable row, and,
     unless `skip_bad`, for the first malformed row.
     """
-    options = PairOptions(prompt_field, completion_field, template, turns, join)
-    pairs: list[Pair] = []
-    bad: list[str] = []  # malformed rows, each with its problem
-    dropped: dict[str, list[str]] = {}  # reason -> "train.jsonl:12" of each row
+    first = len(store)
+    bad = Lost()
+    dropped: dict[str, Lost] = {}  # reason -> rows
     layout = None
     records, dialect = read_records(path, format)
-    for record in records:
+    for record in progress(records, "reading rows"):
         problem = record.problem
         if not problem:
             layout = layout or choose_layout(path, record.fields, options)
@@ -38,12 +39,13 @@ def read_file(path: Path, prompt_field: str | None = None, completion_field: str
         if problem and not skip_bad:
             raise UserError(f"{path.with_name(record.where)}: {problem} (--skip-bad leaves such rows out)")
         if problem:
-            bad.append(f"{record.where}: {problem}")
+            bad.add(f"{record.where}: {problem}")
         elif reason:
-            dropped.setdefault(reason, []).append(record.where)
+            dropped.setdefault(reason, Lost()).add(record.where)
         else:
-            pairs.append(pair)
+            store.append(pair)
 
+    pairs = StoredPairs(store, range(first, len(store)))
     lost = _lost_rows(bad, dropped)
     if not pairs:
         raise UserError(f"{path}: no usable row, {'; '.join(lost) or 'the file holds none'}")
@@ -51,19 +53,31 @@ def read_file(path: Path, prompt_field: str | None = None, completion_field: str
     if dialect:
         usable += f", {dialect}"
     notes = [usable, *lost]
-    repeats = len(pairs) - len({(pair.prompt, pair.completion) for pair in pairs})
-    if repeats:
+    if repeats := pairs.count_repeats():
         notes.append(f"rows that repeat an earlier one exactly, kept: {repeats:,}")
     return pairs, [f"{path.name}: {note}" for note in notes]
 
 
-def _lost_rows(bad: list[str], dropped: dict[str, list[str]]) -> list[str]:
+@dataclass
+class Lost:
+    """Rows that were left out: their number and the first three."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, row: str) -> None:
+        self.count += 1
+        if self.count <= 3:
+            self.first.append(row)
+
+
+def _lost_rows(bad: Lost, dropped: dict[str, Lost]) -> list[str]:
     """A line on the malformed rows, and one on each reason to drop rows."""
     lines = []
-    if bad:
-        lines.append(f"malformed rows skipped: {len(bad):,}, {'; '.join(bad[:3])}")
-    for reason, rows in sorted(dropped.items(), reverse=True):
-        lines.append(f"rows dropped for {reason}: {len(rows):,}, first {rows[0]}")
+    if bad.count:
+        lines.append(f"malformed rows skipped: {bad.count:,}, {'; '.join(bad.first)}")
+    for reason, rows in sorted(dropped.items(), reverse=True, key=lambda item: item[0]):
+        lines.append(f"rows dropped for {reason}: {rows.count:,}, first {rows.first[0]}")
     return lines
 
 

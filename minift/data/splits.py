@@ -4,14 +4,13 @@ Splits are cut out by a hash of seed and prompt: all rows of a prompt are in one
 seen in training.
 """
 
-import hashlib
-from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from minift.data.pairs import Pair
+from minift.data.layouts import Pair
+from minift.data.pair_file import StoredPairs
 from minift.data.readers import SUFFIXES
 from minift.errors import UserError
 
@@ -22,7 +21,7 @@ SPLIT_OF_NAME = {
 CONVERTIBLE = (".parquet", ".arrow", ".feather", ".orc", ".xlsx", ".xls", ".zip", ".bz2", ".xz", ".zst")
 EXACT_ROWS = 1000  # up to so many rows shares are exact; above, a prompt keeps its split when rows are added
 
-Splits = dict[str, list[Pair]]
+Splits = dict[str, StoredPairs]
 
 
 def parse_split(text: str) -> dict[str, float]:
@@ -71,34 +70,28 @@ def find_split_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     return {name: files[name] for name in ("train", "val", "test") if name in files}, notes
 
 
-def split_key(pair: Pair) -> str:
-    """Rows with the same key stay in one split: those with the same prompt, or with the same text alone."""
-    return pair.prompt or pair.completion
-
-
-def cut_out(file: Path, pairs: list[Pair], shares: dict[str, float], seed: int) -> tuple[Splits, str]:
+def cut_out(file: Path, pairs: StoredPairs, shares: dict[str, float]) -> tuple[Splits, str]:
     """`pairs` divided into train and the splits of `shares` (in percent), and a note.
 
     All rows of a prompt are in one split. Each split gets at least one prompt; if there are too few prompts for
     that, every row trains. One text alone is cut at line ends.
     """
-    sizes = Counter(split_key(pair) for pair in pairs)
     names = ["train", *shares]
-    if len(sizes) < len(names) and len(sizes) == 1 and not pairs[0].prompt:
-        return _cut_text(file, pairs[0], shares)
-    if len(sizes) < len(names):
-        parts = {name: [] for name in names} | {"train": pairs}
-        return parts, (f"{file.name}: too few different prompts ({len(sizes)}) for {' + '.join(names)}: "
+    # the keys are hashes of the prompts, and unique sorts them
+    keys, key_of_row, sizes = np.unique(pairs.keys, return_inverse=True, return_counts=True)
+    if len(keys) < len(names) and len(keys) == 1 and not pairs[0].prompt:
+        return _cut_text(file, pairs, shares)
+    if len(keys) < len(names):
+        parts = {name: pairs[:0] for name in names} | {"train": pairs}
+        return parts, (f"{file.name}: too few different prompts ({len(keys)}) for {' + '.join(names)}: "
                        "every row trains, add rows or change --split")
 
-    points = {key: _hash_point(seed, key) for key in sizes}
     if len(pairs) <= EXACT_ROWS:
-        split_of_key = _split_exactly(sorted(sizes, key=points.__getitem__), sizes, shares)
+        split_of_key = _split_exactly(sizes.tolist(), shares)
     else:
-        split_of_key = _split_by_hash(points, shares)
-    parts = {name: [] for name in names}
-    for pair in pairs:
-        parts[split_of_key[split_key(pair)]].append(pair)
+        split_of_key = _split_by_hash(keys, shares)
+    split_of_row = np.array(split_of_key)[key_of_row]
+    parts = {name: StoredPairs(pairs.file, pairs.numbers[split_of_row == name]) for name in names}
     return parts, f"{file.name}: split by a hash of the prompt, rows: {_list_sizes(parts)}"
 
 
@@ -106,23 +99,17 @@ def _list_sizes(parts: Splits) -> str:
     return ", ".join(f"{name} {len(rows):,}" for name, rows in parts.items())
 
 
-def _hash_point(seed: int, key: str) -> float:
-    """A number in [0, 1) that depends on seed and key alone."""
-    digest = hashlib.sha256(f"{seed}\n{key}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 256**6
-
-
-def _split_exactly(ordered: list[str], sizes: Counter[str], shares: dict[str, float]) -> dict[str, str]:
+def _split_exactly(sizes: list[int], shares: dict[str, float]) -> list[str]:
     """Splits with the exact number of rows, as far as prompts with several rows allow it.
 
-    `ordered` are the keys by their hash, `sizes` the rows of each key.
+    `sizes` are the rows of each key, in the order of the hashes. Returns the split of each key.
     """
-    target_rows = _round_shares(sum(sizes.values()), shares)
-    split_of_key = dict.fromkeys(ordered, "train")
-    free = ordered  # keys that are still in train
+    target_rows = _round_shares(sum(sizes), shares)
+    split_of_key = ["train"] * len(sizes)
+    free = list(range(len(sizes)))  # keys that are still in train
     to_leave = len(shares)  # keys that must be left over: one for each split after this one, and one for train
     for name in reversed(shares):  # test first, as in _split_by_hash
-        taken: list[str] = []
+        taken: list[int] = []
         rows = 0
         for key in free:
             if rows + sizes[key] <= target_rows[name] and len(free) - len(taken) > to_leave:
@@ -131,7 +118,8 @@ def _split_exactly(ordered: list[str], sizes: Counter[str], shares: dict[str, fl
         if not taken:  # every prompt has more rows than this split should have
             taken = [min(free, key=sizes.__getitem__)]
         to_leave -= 1
-        split_of_key |= dict.fromkeys(taken, name)
+        for key in taken:
+            split_of_key[key] = name
         free = [key for key in free if split_of_key[key] == "train"]
     return split_of_key
 
@@ -147,31 +135,31 @@ def _round_shares(total: int, shares: dict[str, float]) -> dict[str, int]:
     return {name: max(1, count) for name, count in rows.items()}
 
 
-def _split_by_hash(points: dict[str, float], shares: dict[str, float]) -> dict[str, str]:
+def _split_by_hash(keys: np.ndarray, shares: dict[str, float]) -> list[str]:
     """Splits by ranges of the hash: with 10 % test and 10 % val, test has the hashes in 0..0.1, val those in 0.1..0.2.
 
-    A prompt keeps its split when other rows are added or removed.
+    `keys` are the sorted hashes. A prompt keeps its split when other rows are added or removed.
     """
-    ordered = sorted(points, key=points.__getitem__)
-    values = np.sort(list(points.values()))
-    split_of_key = dict.fromkeys(points, "train")
+    points = (keys >> np.uint64(16)) / 2**48  # in [0, 1)
+    split_of_key = ["train"] * len(keys)
     begin, share = 0, 0.0
     to_leave = len(shares)  # as in _split_exactly
     for name in reversed(shares):  # test first, so that the share of val does not change it
         share += shares[name] / 100
-        end = int(np.searchsorted(values, share))
-        end = min(max(end, begin + 1), len(ordered) - to_leave)
-        split_of_key |= dict.fromkeys(ordered[begin:end], name)
+        end = int(np.searchsorted(points, share))
+        end = min(max(end, begin + 1), len(keys) - to_leave)
+        split_of_key[begin:end] = [name] * (end - begin)
         begin = end
         to_leave -= 1
     return split_of_key
 
 
-def _cut_text(file: Path, pair: Pair, shares: dict[str, float]) -> tuple[Splits, str]:
+def _cut_text(file: Path, pairs: StoredPairs, shares: dict[str, float]) -> tuple[Splits, str]:
     """One text cut at line ends into consecutive parts: train, then the splits of `shares`. And a note."""
+    pair = pairs[0]
     text = pair.completion
     percents = {"train": 100 - sum(shares.values()), **shares}
-    parts: Splits = {name: [] for name in percents}
+    parts: Splits = {name: pairs[:0] for name in percents}
     sizes = []
     begin, percent = 0, 0.0  # of the text, before the part
     for name in percents:
@@ -184,7 +172,8 @@ def _cut_text(file: Path, pair: Pair, shares: dict[str, float]) -> tuple[Splits,
         part = text[begin:end]
         if part.strip():
             line = text[:begin].count("\n") + 1
-            parts[name].append(Pair("", part, f"{pair.where.rpartition(':')[0]}:{line}"))
+            number = pairs.file.append(Pair("", part, f"{pair.where.rpartition(':')[0]}:{line}"))
+            parts[name] = StoredPairs(pairs.file, [number])
         sizes.append(f"{name} {sum(len(row.completion) for row in parts[name]):,}")
         begin = end
     return parts, f"{file.name}: one text, cut in order at line ends, characters: {', '.join(sizes)}"
@@ -192,7 +181,7 @@ def _cut_text(file: Path, pair: Pair, shares: dict[str, float]) -> tuple[Splits,
 
 def overlap_notes(splits: Splits) -> list[str]:
     """A line for each two splits that have prompts in common."""
-    prompts = {name: {split_key(pair) for pair in pairs} for name, pairs in splits.items()}
-    shared = {(a, b): len(prompts[a] & prompts[b]) for a, b in combinations(splits, 2)}
-    return [f"{b}: {count:,} of its {len(prompts[b]):,} different prompts are also in {a}"
+    keys = {name: np.unique(pairs.keys) for name, pairs in splits.items()}
+    shared = {(a, b): len(np.intersect1d(keys[a], keys[b], assume_unique=True)) for a, b in combinations(splits, 2)}
+    return [f"{b}: {count:,} of its {len(keys[b]):,} different prompts are also in {a}"
             for (a, b), count in shared.items() if count]

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from minift.data.chats import between
 from minift.data.layouts import Pair, Ranges
+from minift.data.words import WordTokenizer
 from minift.errors import UserError, tokenizer_faults
 from minift.model.packing import Row
 
@@ -27,38 +28,52 @@ class Example(Row):
 
 @dataclass
 class Counts:
-    """Counts of `encode` for the report."""
+    """Counts of a split's pairs for the report."""
 
+    texts: int = 0  # pairs that are a text alone
     shortened: int = 0  # rows that lost the beginning of their prompt
     joined: int = 0  # rows with `join` between prompt and completion
+    dropped: int = 0  # pairs that do not fit
+    first_dropped: str = ""  # the place of the first of them
     control_tokens: Counter[str] = field(default_factory=Counter)  # in the texts, by name
 
 
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str], control_tokens: str = "tokens",
-             continued: bool = False) -> list[list[int]]:
-    """Token ids of texts; nothing is added, cut or padded, whatever settings the tokenizer has.
+class TextTokenizer:
+    """A tokenizer without its settings: nothing is added, cut or padded. It is a copy, made once for many texts.
 
     The name of a control token in a text (`<|endoftext|>`) is read as that token, as in transformers; with
-    `control_tokens` "text" it is text like any other. `continued`: the texts follow others in their rows, so a
-    tokenizer that puts a space before every text must put none here. Raises UserError.
+    `control_tokens` "text" it is text like any other.
     """
-    plain = _without_limits(tokenizer)
-    plain.encode_special_tokens = control_tokens == "text"
-    if continued and getattr(plain.pre_tokenizer, "add_prefix_space", False):
-        plain.pre_tokenizer.add_prefix_space = False
-    with tokenizer_faults("the tokenizer fails on one of the texts"):
-        return [encoding.ids for encoding in plain.encode_batch(texts, add_special_tokens=False)]
+
+    def __init__(self, tokenizer: Tokenizer, control_tokens: str = "tokens"):
+        plain = _without_limits(tokenizer)
+        plain.encode_special_tokens = control_tokens == "text"
+        self.first = self.continued = WordTokenizer(plain)
+        # texts that follow others in their rows: a tokenizer that puts a space before every text must put none here
+        if getattr(plain.pre_tokenizer, "add_prefix_space", False):
+            continued = copy.deepcopy(plain)
+            continued.pre_tokenizer.add_prefix_space = False
+            self.continued = WordTokenizer(continued)
+
+    def tokenize(self, texts: list[str], continued: bool = False) -> list[list[int]]:
+        """The token ids of texts. `continued`: the texts follow others in their rows. Raises UserError."""
+        tokenizer = self.continued if continued else self.first
+        with tokenizer_faults("the tokenizer fails on one of the texts"):
+            return tokenizer.tokenize(texts)
+
+    def tokenize_rows(self, rows: list[list[str]]) -> list[list[list[int]]]:
+        """Rows of texts -> the token ids of each text of each row. Raises UserError."""
+        firsts = self.tokenize([row[0] for row in rows])
+        others = iter(self.tokenize([text for row in rows for text in row[1:]], continued=True))
+        tokens = []
+        for row, first in zip(rows, firsts, strict=True):
+            tokens.append([first, *(next(others) for _ in row[1:])])
+        return tokens
 
 
-def tokenize_rows(tokenizer: Tokenizer, rows: list[list[str]], control_tokens: str) -> list[list[list[int]]]:
-    """Rows of texts -> the token ids of each text of each row. Raises UserError."""
-    # two calls for all rows, since the package encodes a list of texts in parallel
-    firsts = tokenize(tokenizer, [row[0] for row in rows], control_tokens)
-    others = iter(tokenize(tokenizer, [text for row in rows for text in row[1:]], control_tokens, continued=True))
-    tokens = []
-    for row, first in zip(rows, firsts, strict=True):
-        tokens.append([first, *(next(others) for _ in row[1:])])
-    return tokens
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], control_tokens: str = "tokens") -> list[list[int]]:
+    """The token ids of a few texts, see TextTokenizer. Raises UserError."""
+    return TextTokenizer(tokenizer, control_tokens).tokenize(texts)
 
 
 def _without_limits(tokenizer: Tokenizer) -> Tokenizer:
@@ -108,36 +123,51 @@ def _pieces(pair: Pair, join: str) -> list[tuple[str, bool]]:
     return [*prompt_pieces(pair.prompt, pair.learned), (completion, True)]
 
 
-def encode(pairs: list[Pair], tokenizer: Tokenizer, eos_id: int, max_length: int, join: str = " ",
-           control_tokens: str = "tokens") -> tuple[list[Example], Counts]:
-    """The pairs as rows of tokens that end in `eos_id`, at most `max_length` long.
+class Encoder:
+    """Pairs -> rows of tokens that end in `eos_id`, at most `max_length` long.
 
     A prompt that is too long loses its beginning. A pair is left out if not even one token of its prompt fits, or if
-    either text has no tokens; length_report counts such pairs. A text alone becomes windows. Raises UserError if no
-    pair is left.
+    either text has no tokens. A text alone becomes windows. Raises UserError for a `max_length` below 3.
     """
-    if max_length < 3:
-        raise UserError(f"--max-length {max_length}: must be 3 or more: prompt, completion and end-of-text")
-    pieces = [_pieces(pair, join) for pair in pairs]
-    all_tokens = tokenize_rows(tokenizer, [[text for text, _ in row] for row in pieces], control_tokens)
-    start, names = start_tokens(tokenizer), control_names(tokenizer)
-    examples, counts = [], Counts()
-    for pair, row, tokens in zip(pairs, pieces, all_tokens, strict=True):
-        counts.control_tokens.update(names[i] for ids in tokens for i in ids if i in names)
-        if not pair.prompt:
-            examples += _windows(pair, tokens[0], start or [eos_id], eos_id, max_length, tokenizer)
-            continue
-        example = _make_row(pair, tokens, [learned for _, learned in row], start, eos_id, max_length)
+
+    def __init__(self, tokenizer: Tokenizer, eos_id: int, max_length: int, join: str = " ",
+                 control_tokens: str = "tokens"):
+        if max_length < 3:
+            raise UserError(f"--max-length {max_length}: must be 3 or more: prompt, completion and end-of-text")
+        self.tokenizer, self.eos_id, self.max_length, self.join = tokenizer, eos_id, max_length, join
+        self.text_tokenizer = TextTokenizer(tokenizer, control_tokens)
+        self.start, self.names = start_tokens(tokenizer), control_names(tokenizer)
+
+    def tokenize(self, pairs: list[Pair]) -> list[list[list[int]]]:
+        """The token ids of the pieces of each pair. Raises UserError."""
+        return self.text_tokenizer.tokenize_rows([[text for text, _ in _pieces(pair, self.join)] for pair in pairs])
+
+    def rows(self, pair: Pair, tokens: list[list[int]], counts: Counts) -> list[Example]:
+        """The rows of a pair with the tokens of its pieces: one, several windows of a text alone, or none. Adds to
+        `counts`."""
+        for ids in tokens:
+            if not self.names.keys().isdisjoint(ids):  # most texts have no control tokens
+                counts.control_tokens.update(self.names[i] for i in ids if i in self.names)
+        if pair.prompt:
+            rows = self._prompted_row(pair, tokens, counts)
+        else:
+            rows = _windows(pair, tokens[0], self.start or [self.eos_id], self.eos_id, self.max_length, self.tokenizer)
+        counts.texts += not pair.prompt
+        counts.dropped += not rows
+        if not rows:
+            counts.first_dropped = counts.first_dropped or pair.where
+        return rows
+
+    def _prompted_row(self, pair: Pair, tokens: list[list[int]], counts: Counts) -> list[Example]:
+        """The row of a pair with a prompt, or none if it does not fit."""
+        learned = [is_learned for _, is_learned in _pieces(pair, self.join)]
+        example = _make_row(pair, tokens, learned, self.start, self.eos_id, self.max_length)
         if example is None:
-            continue
-        unshortened = len(start) + sum(map(len, tokens)) + (tokens[-1][-1] != eos_id)
+            return []
+        unshortened = len(self.start) + sum(map(len, tokens)) + (tokens[-1][-1] != self.eos_id)
         counts.shortened += len(example.ids) < unshortened
-        counts.joined += bool(between(pair.prompt, pair.completion, join))
-        examples.append(_without_end(example, tokens[-1], tokenizer, eos_id))
-    if pairs and not examples:
-        raise UserError(f"{pairs[0].where} and every other row: no room in {max_length} tokens for completion"
-                        " and a token of the prompt, raise --max-length")
-    return examples, counts
+        counts.joined += bool(between(pair.prompt, pair.completion, self.join))
+        return [_without_end(example, tokens[-1], self.tokenizer, self.eos_id)]
 
 
 def _make_row(pair: Pair, tokens: list[list[int]], learned: list[bool], start: list[int], eos_id: int,
