@@ -6,30 +6,39 @@
     python eval.py runs/lora-1 --predict new.jsonl --out predictions.jsonl      an answer to every row of a file
     python eval.py runs/lora-1 --save DIR             the tuned model as a Hugging Face folder
     python eval.py runs/lora-1 --save-peft DIR        the tuned parameters as a PEFT folder: LoRA and soft prompts
+    python eval.py runs/lora-1 --latency              the speed of base, tuned and merged model
+    python eval.py runs/lora-1 --shots 3              the base with three training rows before each prompt, and tuned
+    python eval.py runs/lora-1 --bias PAIRS.csv       how often each finds the stereotyped one of two sentences likelier
     python eval.py --adapter A --adapter B            several runs or PEFT folders on one base, one after another
     python eval.py --compare runs/*                   finished runs in one table and one picture
 """
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from minift.quick_help import eval_parser, exit_with_help
+
+if __name__ == "__main__":
+    exit_with_help(eval_parser)  # before the imports below, since torch's takes more than a second
+
 from minift import modes, ops
 from minift.data import dataset
 from minift.data.dataset import DataOptions
-from minift.data.tokens import Example
+from minift.data.row_store import Examples
 from minift.device import DEVICES, DTYPES, choose_device, choose_dtype, configure_process
 from minift.distributed import WORLD_SIZE, processes
 from minift.errors import UserError, run_script
 from minift.files import checkpoint, peft, weights
+from minift.files.atomic import read_json, write_json
 from minift.files.weights import Base
 from minift.model.gpt import GPT
 from minift.options import Parser, add_options, flag, option, resolve
-from minift.report import compare, metrics
+from minift.report import bias, compare, evaluation, latency, metrics, shots
 from minift.report.predict import Decoding, PredictOptions, Predictor, predict
 from minift.report.prompt import find_run_layout, print_continuations
-from minift.report.table import table
 from minift.run import config as configuration
 from minift.run.config import Config, TrainOptions
 
@@ -41,12 +50,17 @@ class EvalOptions:
     test_rows: int | None = option(None, "score the first N test rows (default: all)", least=1)
     general: str | None = option(None, "a text file outside the task: its loss before and after is the forgetting "
                                        "(default: the run's)")
-    shown: int = option(3, "how many completions to show", least=0)
+    shown: int = option(3, "how many completions to show, and how many with the most unsupported content", least=0)
     batch: int = option(16, "rows in a forward pass", least=1)
     eos: str | None = option(None, "the token that ends every row, its text or its number (default: the run's)")
     prompt: str | None = option(None, "continue this text, in the run's template if that has one field; - reads it "
                                       "from standard input")
     raw: bool = option(False, "with --prompt: continue the text as it is, without the run's template")
+    latency: bool = option(False, "time base, tuned and merged model in turn, at batch 1 and 16")
+    shots: int | None = option(None, "score the base with so many training rows before each prompt, beside the tuned "
+                                     "model without them", least=1)
+    bias: str | None = option(None, "pairs of sentences that differ in a group: CrowS-Pairs' CSV, or two columns, the "
+                                    "stereotyped one first, with a third for the category")
     describe: bool = option(False, "print what the parameters learned, such as the tokens nearest to a soft prompt")
     save: str | None = option(None, "write the tuned model as a Hugging Face folder, merged where needed")
     save_peft: str | None = option(None, "write the tuned parameters as a PEFT folder: LoRA and soft prompts")
@@ -61,8 +75,9 @@ NEEDED = {
     "out": ("predict",), "prediction_field": ("predict",), "raw": ("prompt",), "temperature": ("prompt", "predict"),
     "top_k": ("prompt", "predict"), "top_p": ("prompt", "predict"), "seed": ("prompt", "predict"),
 }  # fmt: skip
-WITHOUT_PREDICT = ("prompt", "describe", "save", "save_peft", "json", "data", "split", "test_rows", "general", "shown",
-                   "skip_bad")
+CLAIMS = ("latency", "shots", "bias")  # each writes its figures into the run's result.json
+WITHOUT_PREDICT = (*CLAIMS, "prompt", "describe", "save", "save_peft", "json", "data", "split", "split_seed",
+                   "test_rows", "general", "shown", "skip_bad")
 
 
 @processes()
@@ -73,7 +88,7 @@ def main(arguments: list[str]) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
     if args.compare:
-        print(compare.compare_runs([Path(run) for run in args.compare]))
+        print(compare.compare_runs([Path(run) for run in args.compare], as_json=bool(args.json)))
         return
     options, _ = resolve(EvalOptions, args, {})
     predicting, _ = resolve(PredictOptions, args, {})
@@ -105,6 +120,10 @@ def main(arguments: list[str]) -> None:
         model, _ = tuned[folders[0]]
         run_layout, _ = find_run_layout(data)
         predict(Predictor(model, base, data, decoding, options.batch), predicting, run_layout)
+        return
+    if options.latency or options.shots or options.bias:
+        model, mode = tuned[folders[0]]
+        measure_claims(base, model, mode, folders[0], first, options, data, decoding)
         return
     if options.prompt is not None:
         models = {str(folder): model for folder, (model, _) in tuned.items()}
@@ -143,10 +162,13 @@ def check_flags(options: EvalOptions, predicting: PredictOptions, args: Any, fol
     if "rows" in given:
         raise UserError("--rows limits the rows of training: --test-rows limits those that are scored")
     saves = options.save or options.save_peft
-    if options.json and (options.prompt is not None or saves or options.describe):
-        raise UserError("--json prints scores: leave out --prompt, --save, --save-peft and --describe, or --json")
-    if (saves or predicting.predict is not None) and len(folders) > 1:
-        raise UserError("--save, --save-peft and --predict use one model: give them one folder")
+    for name in ("json", *CLAIMS):
+        if name in given and (options.prompt is not None or saves or options.describe):
+            raise UserError(f"{flag(name)} prints scores: leave out --prompt, --save, --save-peft and --describe, or "
+                            f"{flag(name)}")
+    if (saves or predicting.predict is not None or given & set(CLAIMS)) and len(folders) > 1:
+        raise UserError("--save, --save-peft, --predict, --latency, --shots and --bias use one model: give them one "
+                        "folder")
 
 
 def resolve_data(args: Any, first: Config | None) -> DataOptions:
@@ -197,19 +219,50 @@ def save(base: Base, folder: Path, config: Config | None, options: EvalOptions) 
         print(f"{options.save}: {mode} of {folder} as a Hugging Face folder")
 
 
+def load_rows(base: Base, reserved: int, first: Config | None, data: DataOptions,
+              limits: dict[str, int | None]) -> tuple[dict[str, Examples], list[str]]:
+    """The rows of the splits in `limits`, with room for `reserved` positions in front, and the lines of the report."""
+    if data.data is None:
+        raise UserError("a PEFT folder does not say which rows to score it on: give --data")
+    room = base.model.config.n_positions - reserved
+    seed = first.train.seed if first else TrainOptions.seed
+    rows, lines, _ = dataset.load_examples(data, seed, base.tokenizer, weights.required_eos(base), room, limits)
+    if not rows["test"]:
+        raise UserError(f"{data.data}: there are no test rows to score")
+    return rows, lines
+
+
+def measure_claims(base: Base, tuned: GPT, mode: str, folder: Path, first: Config | None, options: EvalOptions,
+                   data: DataOptions, decoding: Decoding) -> None:
+    """--latency, --shots and --bias: print their figures, and add them to the run's result.json."""
+    results, reports = {}, []
+    if options.latency or options.shots:
+        limits = {"train": shots.MOST_TRAIN_ROWS} if options.shots else {}
+        rows, lines = load_rows(base, tuned.prompt_tokens, first, data, limits | {"test": options.test_rows})
+        reports.append("\n".join(f"  {line}" for line in lines))
+    if options.bias:  # first, since a bad file ends the command
+        results["bias"] = bias.measure(base, tuned, Path(options.bias), options.batch)
+        reports.append(bias.report(results["bias"]))
+    if options.latency:
+        results["latency"] = latency.measure(base.model, tuned, mode, rows["test"], decoding.max_new_tokens)
+        reports.append(latency.report(results["latency"]))
+    if options.shots:
+        results["shots"] = shots.measure(base, tuned, rows, options.shots, options.batch, decoding.max_new_tokens)
+        reports.append(shots.report(results["shots"]))
+    path = folder / "result.json"
+    if path.is_file():
+        write_json(path, read_json(path, dict) | results)
+    else:
+        print(f"{folder} has no result.json, so these figures are not saved", file=sys.stderr)
+    print(json.dumps(results) if options.json else "\n\n".join(reports))
+
+
 def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | None, options: EvalOptions,
               data: DataOptions, decoding: Decoding) -> None:
     """The default job: score base and tuned models on the same test rows."""
-    if data.data is None:
-        raise UserError("a PEFT folder does not say which rows to score it on: give --data")
     reserved = max(model.prompt_tokens for model, _ in tuned.values())
-    room = base.model.config.n_positions - reserved
-    seed = first.train.seed if first else TrainOptions.seed
-    rows, lines = dataset.load_examples(data, seed, base.tokenizer, weights.required_eos(base), room,
-                                        {"test": options.test_rows})
+    rows, lines = load_rows(base, reserved, first, data, {"test": options.test_rows})
     examples = rows["test"]
-    if not examples:
-        raise UserError(f"{data.data}: there are no test rows to score")
     general_file = options.general or (first.train.general if first else None)
     general_rows = None
     if general_file:
@@ -222,6 +275,7 @@ def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | No
     for name, model in models.items():
         scores[name] = metrics.score(model, base.tokenizer, base.eos_token_id, examples, options.batch,
                                      decoding.max_new_tokens, general_rows)
+    evaluation.add_differences(scores)
     if options.json:
         print(json.dumps(scores))
         return
@@ -230,40 +284,7 @@ def score_all(base: Base, tuned: dict[Path, tuple[GPT, str]], first: Config | No
         print("  the general text is read with the soft prompt in front")
     made = ", ".join(f"{mode} of {folder}" for folder, (_, mode) in tuned.items())
     print(f"{made}, {len(examples)} test rows")
-    print_scores(scores)
-    for name, score in scores.items():
-        for line in metrics.limit_report(score, decoding.max_new_tokens):
-            print(f"  {name}: {line}")
-    print_completions(scores, examples[: options.shown])
-
-
-def print_scores(scores: dict[str, dict[str, Any]]) -> None:
-    """Base and tuned in two columns, or several models in a row each."""
-    base = scores["base"]
-    numbers = [name for name, value in base.items() if isinstance(value, float)]
-    if base["general_loss"] is not None:
-        for score in scores.values():
-            score["forgetting"] = score["general_loss"] - base["general_loss"]
-    if "tuned" in scores:
-        print(f"{'':16}{'base':>12}{'tuned':>12}")
-        for name in numbers:
-            print(f"{name:16}{base[name]:12.4f}{scores['tuned'][name]:12.4f}")
-        if "forgetting" in base:
-            print(f"forgetting: {scores['tuned']['forgetting']:+.4f} nats per token on the general text")
-    else:
-        columns = {"name": ("", str)}
-        for name in (*numbers, "forgetting"):
-            if name in base:
-                columns[name] = (name, "{:.4f}".format)
-        print(table([{"name": name, **score} for name, score in scores.items()], columns))
-
-
-def print_completions(scores: dict[str, dict[str, Any]], examples: list[Example]) -> None:
-    width = max(map(len, ("reference", *scores)))
-    for i, example in enumerate(examples):
-        print(f"\n{example.pair.where}\n  {'reference':{width}} {example.pair.completion!r}")
-        for name, score in scores.items():
-            print(f"  {name:{width}} {score['completions'][i]!r}")
+    print(evaluation.report(scores, examples, options.shown, decoding.max_new_tokens))
 
 
 if __name__ == "__main__":

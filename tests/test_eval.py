@@ -64,6 +64,9 @@ def test_json_is_one_object_with_both_models(runs: dict[str, Path], mode: str, m
         assert SCORES <= model.keys() and all(isinstance(model[name], float) for name in SCORES)
         assert model["general_loss"] is None and len(model["completions"]) == 6
     assert scores["tuned"]["loss"] < scores["base"]["loss"]
+    low, high = scores["tuned"]["difference_intervals"]["loss"]
+    assert low < scores["tuned"]["difference"]["loss"] < high
+    assert scores["tuned"]["difference"]["loss"] == pytest.approx(scores["tuned"]["loss"] - scores["base"]["loss"])
     assert scores["tuned"]["completions"] != scores["base"]["completions"]
     assert {name: (runs[mode] / name).read_bytes() for name in files(runs[mode])} == before
 
@@ -72,8 +75,14 @@ def test_the_table_has_both_columns_and_completions(runs: dict[str, Path]) -> No
     ended = evaluate(runs["lora"], *PLAIN, "--shown", 2)
     scores = json.loads(evaluate(runs["lora"], "--json", *PLAIN).out)
     for name in SCORES:
-        line = next(line for line in ended.out.splitlines() if line.startswith(f"{name} "))
-        assert line.split()[1:] == [f"{scores[model][name]:.4f}" for model in ("base", "tuned")]
+        line = next(line for line in ended.out.splitlines() if line.startswith(f"| {name} "))
+        cells = [cell.strip() for cell in line.split("|")[2:-1]]
+        assert [cells[0], cells[2]] == [f"{scores[model][name]:.4f}" for model in ("base", "tuned")]
+        if name in scores["tuned"]["difference"]:
+            low, high = scores["tuned"]["difference_intervals"][name]
+            assert cells[4:] == [f"{scores['tuned']['difference'][name]:+.4f}", f"{low:+.4f} to {high:+.4f}"]
+        else:
+            assert name in ("perplexity", "token_accuracy", "rouge1", "rouge2") and cells[1:] == ["-", cells[2], *"---"]
     assert ended.out.count("\n  reference ") == ended.out.count("\n  tuned ") == 2
     assert "lora of" in ended.out and "6 test rows" in ended.out
     assert "\n  reference " not in evaluate(runs["lora"], *PLAIN, "--shown", 0).out
@@ -96,6 +105,7 @@ def test_forgetting(
     ended = evaluate(runs[mode], *PLAIN, "--general", tmp_path / "general.txt")
     scores = json.loads(evaluate(runs[mode], *PLAIN, "--general", tmp_path / "general.txt", "--json").out)
     change = scores["tuned"]["general_loss"] - scores["base"]["general_loss"]
+    assert scores["tuned"]["forgetting"] == change
     assert f"forgetting: {change:+.4f} nats per token on the general text" in ended.out and abs(change) > 1e-3
     assert ("is read with the soft prompt in front" in ended.out) == (mode == "prompt")
     for name, model in (("base", base.model), ("tuned", tuned_model(runs[mode], base))):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from minift import distributed
 from minift.data.pairs import Pair
 from minift.data.tokens import Example
 from minift.errors import UserError
@@ -31,25 +32,47 @@ def some_examples(count: int = 13, vocabulary: int = 97) -> list[Example]:
     return examples
 
 
+def scored_rows(*texts: tuple[str, str, str]) -> list[dict[str, Any]]:
+    """The rows of (prompt, reference, completion)."""
+    rows = []
+    for i, (prompt, reference, completion) in enumerate(texts):
+        example = Example([5, 6, 7, EOS], ((2, 4),), Pair(prompt, reference, f"rows.jsonl:{i}"))
+        rows.append(metrics.score_row(example, completion, 1.5, set()))
+    return rows
+
+
 def test_texts_are_scored_row_by_row() -> None:
-    scores = metrics.score_texts([" a b\n", "a c", ""], ["a b", "a d", "x"])
+    rows = scored_rows(("p", "a b", " a b\n"), ("p", "a d", "a c"), ("p", "x", ""))
+    assert [row["exact_match"] for row in rows] == [1, 0, 0] and [row["rougeL"] for row in rows] == [1, 0.5, 0]
+    assert rows[1] == {"where": "rows.jsonl:1", "loss": 1.5, "targets": 2, "completion": "a c", "exact_match": 0,
+                       "rouge1": 0.5, "rouge2": 0.0, "rougeL": 0.5, "names": 0, "unsupported": 0,
+                       "unsupported_words": []}
+    scores = metrics.text_scores(rows)
     assert scores["exact_match"] == pytest.approx(1 / 3)
     assert scores["rouge1"] == scores["rougeL"] == pytest.approx((1 + 0.5 + 0) / 3)
-    assert scores["rouge2"] == pytest.approx(1 / 3)
-    with pytest.raises(ValueError):
-        metrics.score_texts(["a"], ["a", "b"])
+    assert scores["rouge2"] == pytest.approx(1 / 3) and scores["unsupported"] is None
 
 
-def test_references_without_words_have_no_rouge() -> None:
-    scores = metrics.score_texts([":-)", "!"], [":-)", "?"])
-    assert scores == {"exact_match": 0.5, "rouge1": None, "rouge2": None, "rougeL": None}
-    assert metrics.score_texts([":-)", "a"], [":-)", "a"])["rougeL"] == 0.5  # as the rouge-score package
+def test_unsupported_is_the_share_of_all_names_and_numbers() -> None:
+    rows = scored_rows(("Hi Anna", "at 7", "see Anna and Ben at 7 or 8"), ("Hi Eve", "no", "no"), ("", "text 9", ""),
+                       ("Hi Tom", "no", "see Tim"))
+    assert [(row["names"], row["unsupported"]) for row in rows] == [(4, 2), (0, 0), (0, 0), (1, 1)]
+    assert metrics.text_scores(rows)["unsupported"] == 3 / 5
+
+
+def test_references_without_words_have_no_rouge(speaker: GPT, tokenizer: Any) -> None:
+    examples = [replace(example, pair=Pair("p", ":-)", "x")) for example in some_examples(3, vocabulary=320)]
+    scores = metrics.score(speaker, tokenizer, EOS, examples, 2, 4, None)
+    assert scores["rouge1"] is scores["rougeL"] is scores["rows"][0]["rougeL"] is None
+    assert scores["exact_match"] == scores["rows"][0]["exact_match"] == 0
+    examples[1] = replace(examples[1], pair=Pair("p", "a", "x"))
+    assert metrics.score(speaker, tokenizer, EOS, examples, 2, 4, None)["rougeL"] is not None  # as rouge-score
 
 
 @torch.no_grad()
 def test_losses_equal_transformers_row_by_row(make_reference: Callable, from_reference: Callable) -> None:
     reference = make_reference()
-    examples, loss, right, count = some_examples(), 0.0, 0, 0
+    examples, by_row, right, count = some_examples(), [], 0, 0
     for example in examples:
         begin = example.spans[0][0]
         example.ids[-1] = reference(torch.tensor([example.ids])).logits[0, -2].argmax().item()  # one is right
@@ -58,14 +81,33 @@ def test_losses_equal_transformers_row_by_row(make_reference: Callable, from_ref
         labels[:, :begin] = -100
         out = reference(ids, labels=labels)
         targets = ids[0, begin:]
-        loss += out.loss.item() * len(targets)
+        by_row.append(out.loss.item() * len(targets))
         right += (out.logits[0, begin - 1 : -1].argmax(-1) == targets).sum().item()
         count += len(targets)
     found = [metrics.measure_losses(from_reference(reference), examples, batch) for batch in (1, 4, 100)]
+    loss = sum(by_row)
     for losses in found:
+        assert losses["row_losses"] == pytest.approx(by_row, rel=1e-5)
         assert losses["loss"] == pytest.approx(loss / count, rel=1e-5)
         assert losses["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
         assert losses["token_accuracy"] == pytest.approx(right / count) and 0 < right < count
+
+
+def test_processes_share_the_rows(make_gpt: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of four processes adds its part of the sums; it has none of the rows in a batch of three."""
+    examples, model = some_examples(), make_gpt()
+    alone = metrics.measure_losses(model, examples, 5)
+    parts: list[tuple[float, ...]] = []
+    monkeypatch.setattr(metrics, "all_sum", lambda *values: parts.append(values) or list(values))
+    for rank in range(4):
+        for module in (metrics, distributed):
+            monkeypatch.setattr(module, "RANK", rank)
+            monkeypatch.setattr(module, "WORLD_SIZE", 4)
+        metrics.measure_losses(model, examples, 5)
+    loss, _, count, *row_losses = map(sum, zip(*parts, strict=True))
+    assert row_losses == pytest.approx(alone["row_losses"], rel=1e-5)
+    assert loss / count == pytest.approx(alone["loss"], rel=1e-5)
+    assert all(0 in part for part in parts)  # nobody has the rows of the others
 
 
 @torch.no_grad()
@@ -76,7 +118,9 @@ def test_each_span_of_a_row_counts(make_gpt: Callable) -> None:
     logits = model.logits(model.hidden(model.pack([both])))  # (N, V)
     scores = logits.log_softmax(-1)
     expected = [-scores[i - 1, ids[i]].item() for i in [*range(2, 5), *range(9, 14)]]
-    assert metrics.measure_losses(model, [both], 1)["loss"] == pytest.approx(sum(expected) / 8, rel=1e-5)
+    found = metrics.measure_losses(model, [both], 1)
+    assert found["loss"] == pytest.approx(sum(expected) / 8, rel=1e-5)
+    assert found["row_losses"] == pytest.approx([sum(expected)], rel=1e-5)
 
 
 def test_measuring_leaves_the_model_as_it_was(make_gpt: Callable) -> None:
@@ -218,8 +262,15 @@ def test_all_scores_stand_under_their_names(speaker: GPT, tokenizer: Any) -> Non
     assert scores["general_loss"] == metrics.measure_losses(speaker, general_rows, 2)["loss"]
     assert set(scores) == {
         "loss", "perplexity", "token_accuracy", "exact_match", "rouge1", "rouge2", "rougeL", "general_loss",
-        "completions", "completions_at_limit", "prompts_shortened", "references_over_limit",
+        "unsupported", "completions", "rows", "completions_at_limit", "prompts_shortened", "references_over_limit",
     }
+    rows = scores["rows"]
+    assert [row["where"] for row in rows] == [example.pair.where for example in examples]
+    assert [row["completion"] for row in rows] == scores["completions"]
+    assert [row["targets"] for row in rows] == [example.num_targets for example in examples]
+    assert [row["loss"] for row in rows] == pytest.approx(losses["row_losses"])
+    assert scores["loss"] == pytest.approx(sum(row["loss"] for row in rows) / sum(row["targets"] for row in rows))
+    assert scores["rougeL"] == sum(row["rougeL"] for row in rows) / len(rows)
     completions, counts = metrics.write_completions(speaker, tokenizer, EOS, examples, 4)
     assert scores["completions"] == completions and scores.items() >= counts.items()
     assert metrics.score(speaker, tokenizer, EOS, examples, 2, 4, None)["general_loss"] is None

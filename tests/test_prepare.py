@@ -17,6 +17,7 @@ from minift.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
+SCRIPTS = ("samsum", "dialogsum", "e2e", "alpaca", "crows_pairs")
 Done = subprocess.CompletedProcess[str]
 
 
@@ -115,6 +116,14 @@ def test_alpaca_is_cut_by_prompt(tmp_path: Path) -> None:
         assert now <= before  # a prompt keeps its side
 
 
+def test_crows_pairs_keeps_the_columns_that_are_scored(tmp_path: Path) -> None:
+    pair = {"sent_more": "Women can't drive, \"they\" say.", "sent_less": "Men can't drive, \"they\" say.",
+            "stereo_antistereo": "stereo", "bias_type": "gender"}  # fmt: skip
+    write_csv(tmp_path / "crows_pairs_anonymized.csv", [{"": "0", **pair, "annotations": "[['gender']]"}])
+    assert_counts_are_warned_of(run("crows_pairs", tmp_path, "--source", tmp_path), 1)
+    assert rows(tmp_path / "out" / "test.jsonl") == [pair]
+
+
 WRONG = {
     "not JSON": ('{"dialogue": "a", "summary": "b"}\nhello\n', "train.jsonl:2: not valid JSON"),
     "another field": ('{"dialogue": "a", "text": "b"}\n', "train.jsonl:1: no text in a field 'summary'"),
@@ -134,7 +143,7 @@ def test_wrong_file_is_one_line_and_writes_nothing(tmp_path: Path, case: str) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", ["samsum", "dialogsum", "e2e", "alpaca"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_source_without_the_files(tmp_path: Path, script: str) -> None:
     (tmp_path / "notes.pdf").write_text("x")
     for name, problem in ((".", "holds no file"), ("no", "no such file"), ("notes.pdf", "notes.pdf")):
@@ -148,7 +157,7 @@ def test_one_file_is_not_taken_for_all_splits(tmp_path: Path) -> None:
     assert done.returncode == 2 and "is one file, give the folder" in done.stderr
 
 
-@pytest.mark.parametrize("script", ["samsum", "dialogsum", "e2e", "alpaca"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_without_a_network_it_says_what_to_fetch_by_hand(tmp_path: Path, script: str) -> None:
     proxy = "http://127.0.0.1:9"  # nothing listens there
     done = run(script, tmp_path, HTTPS_PROXY=proxy, https_proxy=proxy, NO_PROXY="", no_proxy="")

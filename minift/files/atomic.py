@@ -1,4 +1,4 @@
-"""The one writer of files, which is atomic: a reader sees the old file or the new one. And the one reader of JSON."""
+"""The one writer of files, which is atomic: a reader sees the old file or the new one. And the readers of JSON."""
 
 import contextlib
 import json
@@ -75,3 +75,18 @@ def read_json(path: Path, kind: type[T]) -> T:
         found = JSON_NAMES.get(type(value), f"the value {value!r:.40}")
         raise UserError(f"{path} holds {found}, and must hold {JSON_NAMES[kind]}")
     return value
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that has one on each line. Raises UserError."""
+    found: list[dict[str, Any]] = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for text in file:
+                value = json.loads(text)
+                if not isinstance(value, dict):
+                    raise ValueError("not an object")
+                found.append(value)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{len(found) + 1} cannot be read as JSON: {error}") from None
+    return found

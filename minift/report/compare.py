@@ -1,144 +1,94 @@
-"""Runs side by side: one table, and sentences about the best runs and about problems.
+"""Runs side by side: tables of cost and quality, and sentences about the best runs and about problems.
 
 A result is a run's result.json, see result.py.
 """
 
+import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from minift.distributed import is_main
 from minift.errors import UserError
-from minift.files.atomic import read_json, write_json, write_text
-from minift.report import plot
-from minift.report.table import format_bytes, table
+from minift.files.atomic import write_json, write_text
+from minift.report import plot, use
+from minift.report.findings import Finding, findings
+from minift.report.groups import Group, group_runs
+from minift.report.runs import NEEDED, Run, find_runs, load_result, load_run
+from minift.report.sizes import of_several_sizes, size_table
+from minift.report.table import Columns, format_bytes, table
 
 four_digits = "{:.4f}".format
-# The columns of the table: {name in result.json: (heading, function that formats the value)}
-COLUMNS = {
-    "mode": ("mode", str),
+percent = "{:.1%}".format
+
+
+def format_interval(interval: list[float]) -> str:
+    return "{:.3f}-{:.3f}".format(*interval)
+
+
+def percent_interval(interval: list[float]) -> str:
+    return "{:.1%}-{:.1%}".format(*interval)
+
+
+# The columns of the tables: {name in result.json: (heading, function that formats the value)}. A column that
+# is not in NEEDED is shown only where a run has a value.
+COST: Columns = {
     "learning_rate": ("lr", "{:g}".format),
+    "chosen_options": ("chosen", str),
     "trainable_parameters": ("trainable", "{:,}".format),
     "trainable_share": ("share", "{:.2%}".format),
     "peak_memory_bytes": ("peak memory", format_bytes),
     "predicted_peak_bytes": ("predicted", format_bytes),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
-    "best_val_loss": ("val loss", four_digits),
-    "test_loss": ("test loss", four_digits),
-    "rougeL": ("ROUGE-L", four_digits),
-    "exact_match": ("exact", four_digits),
-    "forgetting": ("forgetting", "{:+.4f}".format),
+    "steady_tokens_per_second": ("steady tokens/s", "{:,.0f}".format),
     "tuned_bytes": ("tuned file", format_bytes),
 }
-LEGEND = ("Losses are in nats per target token. ROUGE-L compares words, exact is the share of completions "
-          "equal to their reference; both ignore white space at the ends. Forgetting is the loss on general "
-          "text after tuning minus before.")
-# a result.json without these names cannot be compared
-NEEDED = COLUMNS.keys() | {"base_test_loss", "base_rougeL", "best_step", "steps"}
-
-
-class Finding(NamedTuple):
-    """A sentence about a run."""
-
-    run: str  # see run_name
-    sentence: str
-
-
-def run_name(result: dict[str, Any]) -> str:
-    """The run's folder in eval.py --compare, else its mode: the runs of one train.py have different modes."""
-    return result.get("run", result["mode"])
-
-
-def is_comparable(results: list[dict[str, Any]]) -> bool:
-    """Whether all runs have the same scores before tuning, and so the same base, test rows and dtype."""
-    return len({(r["base_test_loss"], r["base_rougeL"]) for r in results}) == 1
-
-
-def findings(results: list[dict[str, Any]]) -> list[Finding]:
-    """Sentences about the best runs, then about the problems of each run."""
-    found = []
-    if is_comparable(results):
-        found += rank(results)
-        measured = [r for r in results if r["forgetting"] is not None]
-        if measured:
-            least = min(measured, key=lambda r: r["forgetting"])
-            found.append(Finding(run_name(least), f"{run_name(least)} forgot the least: "
-                                 f"{least['forgetting']:+.4f} nats per token on the general text."))
-    for result in results:
-        found += troubles(result)
-    return found
-
-
-def rank(results: list[dict[str, Any]]) -> list[Finding]:
-    """The best and the cheapest run: by ROUGE-L if it can tell runs apart, else by test loss."""
-    if any(r["test_loss"] is None for r in results):
-        return []  # there are no test rows
-    if any(r["rougeL"] is None for r in results):
-        return rank_by_loss(results, "ROUGE is not measured, as the test rows have no prompts, or no words in their "
-                            "references")
-    if not any(r["rougeL"] for r in results):
-        return rank_by_loss(results, "ROUGE-L is 0 in every run")
-    return rank_by_rouge(results)
-
-
-def rank_by_rouge(results: list[dict[str, Any]]) -> list[Finding]:
-    """The run with the highest ROUGE-L, and the cheapest run within 1 % of it."""
-    # of equal ROUGE-L, the lower test loss
-    best = max(results, key=lambda r: (r["rougeL"], -r["test_loss"]))
-    name = run_name(best)
-    sentence = (f"{name} is the best: ROUGE-L {best['rougeL']:.3f}, test loss {best['test_loss']:.4f} "
-                f"(base: {best['base_rougeL']:.3f}, {best['base_test_loss']:.4f}).")
-    near = [r for r in results if r["rougeL"] >= 0.99 * best["rougeL"]]
-    return [Finding(name, sentence), cheapest(near, "within 1 % of the best ROUGE-L")]
-
-
-def rank_by_loss(results: list[dict[str, Any]], reason: str) -> list[Finding]:
-    """The run with the lowest test loss, and the cheapest run within 1 % of it. `reason`: why not by ROUGE-L."""
-    best = min(results, key=lambda r: r["test_loss"])
-    name = run_name(best)
-    sentence = (f"{name} is the best: test loss {best['test_loss']:.4f} (base: {best['base_test_loss']:.4f}). "
-                f"{reason}, so the test loss decides.")
-    near = [r for r in results if r["test_loss"] <= 1.01 * best["test_loss"]]
-    return [Finding(name, sentence), cheapest(near, "within 1 % of the best test loss")]
-
-
-def cheapest(results: list[dict[str, Any]], where: str) -> Finding:
-    """The run that trains the fewest parameters; `where` tells among which runs."""
-    result = min(results, key=lambda r: r["trainable_parameters"])
-    name = run_name(result)
-    return Finding(name, f"{name} is the cheapest {where}: it trains {result['trainable_share']:.2%} of the "
-                   f"parameters, and its file takes {format_bytes(result['tuned_bytes'])}.")
-
-
-def troubles(result: dict[str, Any]) -> list[Finding]:
-    """The problems of a run, and what to try."""
-    name = run_name(result)
-    found = []
-    if result["best_step"] == 0:
-        found.append(Finding(name, f"{name} did not beat its start: no validation after it had a lower loss, so the "
-                             "parameters of step 0 were kept: try another --lr or more --steps."))
-    elif result["test_loss"] is not None and result["test_loss"] >= result["base_test_loss"]:
-        found.append(Finding(name, f"{name} did not beat the base: try another --lr or more --steps."))
-    elif result["best_step"] < result["steps"]:
-        found.append(Finding(name, f"{name} overfitted: its validation loss was lowest at step "
-                             f"{result['best_step']} of {result['steps']}, and those parameters were kept."))
-    if count := result.get("references_over_limit"):  # a run of an older version has no such count
-        found.append(Finding(name, f"{name} could not match {count} references, which are longer than "
-                             "--max-new-tokens: raise it."))
-    return found
+QUALITY: Columns = {
+    "best_val_loss": ("val loss", four_digits),
+    "test_loss": ("test loss", four_digits),
+    "test_loss_std": ("std", four_digits),
+    "test_loss_interval": ("95 %", format_interval),
+    "rougeL": ("ROUGE-L", four_digits),
+    "rougeL_std": ("std", four_digits),
+    "rougeL_interval": ("95 %", format_interval),
+    "exact_match": ("exact", four_digits),
+    "unsupported": ("unsupported", percent),
+    "unsupported_interval": ("95 %", percent_interval),
+    "forgetting": ("forgetting", "{:+.4f}".format),
+    "forgetting_std": ("std", four_digits),
+}
+TRIALS: Columns = {
+    "run": ("mode", str),
+    "options": ("options", str),
+    "steps": ("steps", str),
+    "best_step": ("best step", str),
+    "val_loss": ("val loss", four_digits),
+    "chosen": ("chosen", str),
+}
+LEGEND = ("Losses are in nats per target token. ROUGE-L compares words, exact is the share of completions equal to "
+          "their reference; both ignore white space at the ends.")
+LEGENDS = {
+    "test_loss_interval": "95 % is the interval from 10,000 resamples of the test rows, and from the seeds where there "
+                          "are several. Runs do not differ where the interval of their difference contains 0.",
+    "test_loss_std": "Scores are means over the seeds, std is their standard deviation.",
+    "unsupported": "Unsupported is the share of names and numbers in the completions that are neither in the prompt "
+                   "nor in the reference.",
+    "forgetting": "Forgetting is the loss on general text after tuning minus before.",
+}
 
 
 def write(folder: Path, results: list[dict[str, Any]]) -> str:
-    """Write compare.json, the results with the findings about each, and compare.md, whose text is returned.
-
-    Raises UserError.
-    """
-    found = findings(results)
-    with_findings = []
-    for result in results:
-        sentences = [finding.sentence for finding in found if finding.run == run_name(result)]
-        with_findings.append(result | {"findings": sentences})
-    write_json(folder / "compare.json", with_findings)
-    return write_markdown(folder, results, COLUMNS, found)
+    """Write compare.json, compare.md and, with matplotlib, pictures of the runs of train.py, whose folders are
+    `folder`/MODE. compare.json has the results with intervals, and the findings about each. Returns the text of
+    compare.md. Raises UserError."""
+    if not is_main():
+        return ""  # the other processes may not see the runs' files
+    runs = [load_run(folder / result["mode"], result["mode"], dict(result)) for result in results]
+    groups = group_runs(runs)
+    found = findings(groups)
+    write_json(folder / "compare.json", with_findings(runs, found))
+    text = write_markdown(folder, runs, groups, found, "mode")
+    return "\n".join([text, *draw(folder, runs)])
 
 
 def write_modes(path: Path, names: list[str]) -> None:
@@ -146,63 +96,126 @@ def write_modes(path: Path, names: list[str]) -> None:
     write_json(path, [{"mode": name} for name in names])
 
 
-def write_markdown(folder: Path, results: list[dict[str, Any]], columns: Any, found: list[Finding]) -> str:
-    """Write compare.md, the table and the findings, and return its text. Raises UserError."""
-    sentences = [f"- {finding.sentence}" for finding in found]
-    text = "\n".join([table(results, columns), "", LEGEND, "", *sentences, ""])
-    write_text(folder / "compare.md", text)
-    return text
+def compare_runs(paths: list[Path], as_json: bool = False) -> str:
+    """The text of eval.py --compare: tables with a row for each finished run among folders, and findings; or the same
+    as JSON.
 
-
-def compare_runs(paths: list[Path]) -> str:
-    """The text of eval.py --compare: a table with a row for each finished run among folders, and findings.
-
-    Writes compare.md and, with matplotlib, compare.png to the folder that holds all runs. Raises UserError.
+    Writes compare.md and, with matplotlib, pictures to the folder that holds all runs. Raises UserError.
     """
     finished, unfinished = find_runs(paths)
     if not finished:
         raise UserError(f"--compare {' '.join(map(str, paths))}: no finished run is there")
     out = Path(os.path.commonpath([folder.absolute().parent for folder in finished]))
-    results = []
+    runs = []
     for folder in finished:
         name = folder.absolute().relative_to(out).as_posix()
-        results.append(load_result(folder) | {"run": name})
-    lines = [write_markdown(out, results, {"run": ("run", str)} | COLUMNS, findings(results))]
-    for folder in unfinished:
-        lines.append(f"{folder} is left out: it has no result.json, so the run has not ended")
-    if not is_comparable(results):
-        lines.append("not ranked: the bases score differently before tuning, so base, test rows or dtype "
-                     "differ")
-    if any(result["test_loss"] is None for result in results):
-        lines.append("not ranked: there are no test rows, so nothing says which run is better")
-    try:
-        plot.draw_runs(out, results)
-        lines.append(f"written: {out / 'compare.md'} and {out / 'compare.png'}")
-    except ModuleNotFoundError:
-        lines.append(f"written: {out / 'compare.md'}; pip install matplotlib to have compare.png drawn too")
+        runs.append(load_run(folder, name, load_result(folder) | {"run": name}))
+    groups = group_runs(runs)
+    found = findings(groups)
+    lines = [write_markdown(out, runs, groups, found, "run")]
+    lines += [f"{folder} is left out: it has no result.json, so the run has not ended" for folder in unfinished]
+    lines += draw(out, runs)
+    if as_json:
+        return json.dumps(with_findings(runs, found))
     return "\n".join(lines)
 
 
-def find_runs(paths: list[Path]) -> tuple[list[Path], list[Path]]:
-    """The finished and the unfinished runs, each once and in order. A folder is a run, or it holds runs."""
-    finished: dict[Path, None] = {}  # a dictionary serves as a set that keeps its order
-    unfinished: dict[Path, None] = {}
-    for path in paths:
-        if path.is_file():
-            continue  # the shell's runs/* matches an older compare.md too
-        inside = sorted(found.parent for found in path.glob("*/result.json"))
-        for folder in inside or [path]:
-            if (folder / "result.json").is_file():
-                finished[folder] = None
-            else:
-                unfinished[folder] = None
-    return list(finished), list(unfinished)
+def with_findings(runs: list[Run], found: list[Finding]) -> list[dict[str, Any]]:
+    """The results, each with the sentences about it."""
+    results = []
+    for run in runs:
+        sentences = [finding.sentence for finding in found if run.name in finding.runs]
+        results.append(run.result | {"findings": sentences})
+    return results
 
 
-def load_result(folder: Path) -> dict[str, Any]:
-    """The result.json of a run. Raises UserError if it is damaged or lacks a name."""
-    path = folder / "result.json"
-    result = read_json(path, dict)
-    if missing := NEEDED - result.keys():
-        raise UserError(f"{path} cannot be used: {', '.join(sorted(missing))} missing; leave this run out")
-    return result
+def write_markdown(folder: Path, runs: list[Run], groups: list[Group], found: list[Finding], heading: str) -> str:
+    """Write compare.md, the tables and the findings, and return its text. `heading` is that of the runs' names.
+
+    Raises UserError.
+    """
+    names = [{"name": run.name} for run in runs]
+    cost = [name | run.result | {"chosen_options": chosen_options(run)} for name, run in zip(names, runs, strict=True)]
+    quality = [base_row(group, len(groups) > 1) for group in groups] + cost
+    parts = [short_table(cost, heading, COST), short_table(quality, heading, QUALITY), legend(quality)]
+    in_use = [use.values(run.result) for run in runs]
+    if any(in_use):
+        rows = [name | values for name, values in zip(names, in_use, strict=True)]
+        parts.append(short_table(rows, heading, use.COLUMNS))
+    if trials := [trial_row(run, trial) for run in runs for trial in run.trials]:
+        parts.append(table(trials, TRIALS))
+    if of_several_sizes(runs):
+        parts.append(size_table(runs))
+    sentences = [finding.sentence for finding in found] + notes(runs, groups)
+    parts.append("\n".join(f"- {sentence}" for sentence in sentences))
+    text = "\n\n".join(parts) + "\n"
+    write_text(folder / "compare.md", text)
+    return text
+
+
+def chosen_options(run: Run) -> str | None:
+    """The options that a search chose, without the learning rate, which has its own column."""
+    chosen = next((trial for trial in run.trials if trial["chosen"]), {"options": {}})
+    return option_words({name: value for name, value in chosen["options"].items() if name != "lr"}) or None
+
+
+def option_words(options: dict[str, Any]) -> str:
+    """lr 0.001, rank 8"""
+    return ", ".join(f"{name.replace('_', '-')} {value:g}" if isinstance(value, float) else
+                     f"{name.replace('_', '-')} {value}" for name, value in options.items())
+
+
+def base_row(group: Group, is_named: bool) -> dict[str, Any]:
+    """The scores of the base of a group, by the names of a run's scores."""
+    run = group.runs[0]
+    row = {measure: estimate.value for (name, measure), estimate in group.estimates.items() if name is None}
+    for name, value in run.result.items():
+        if name.startswith("base_"):
+            row[name.removeprefix("base_")] = value
+    return row | {"name": f"base {run.base}" if is_named else "base"}
+
+
+def trial_row(run: Run, trial: dict[str, Any]) -> dict[str, Any]:
+    return trial | {"run": run.name, "options": option_words(trial["options"]),
+                    "chosen": "yes" if trial["chosen"] else ""}
+
+
+def short_table(rows: list[dict[str, Any]], heading: str, columns: Columns) -> str:
+    """A table without the optional columns for which no row has a value."""
+    shown = {name: column for name, column in columns.items()
+             if name in NEEDED or any(row.get(name) is not None for row in rows)}
+    return table(rows, {"name": (heading, str)} | shown)
+
+
+def legend(rows: list[dict[str, Any]]) -> str:
+    lines = [line for name, line in LEGENDS.items() if any(row.get(name) is not None for row in rows)]
+    return " ".join([LEGEND, *lines])
+
+
+def notes(runs: list[Run], groups: list[Group]) -> list[str]:
+    """The limits of a comparison."""
+    lines = []
+    without = [run.name for run in runs if not run.rows and run.result["test_loss"] is not None]
+    if without:
+        lines.append(f"no intervals for {', '.join(without)}: there is no test_rows.jsonl, which older versions did "
+                     "not write.")
+    if len(groups) > 1:
+        parts = " | ".join(", ".join(run.name for run in group.runs) for group in groups)
+        lines.append(f"not ranked against each other, as base or test rows differ: {parts}.")
+    if any(run.result["test_loss"] is None for run in runs):
+        lines.append("not ranked: there are no test rows, so nothing says which run is better.")
+    return lines
+
+
+def draw(folder: Path, runs: list[Run]) -> list[str]:
+    """Draw the pictures, and say in a line which files were written."""
+    files = [folder / "compare.md"]
+    try:
+        plot.draw_runs(folder / "compare.png", folder, runs)
+        files.append(folder / "compare.png")
+        if of_several_sizes(runs):
+            plot.draw_sizes(folder / "size.png", runs)
+            files.append(folder / "size.png")
+    except ModuleNotFoundError:
+        return [f"written: {files[0]}; pip install matplotlib to have pictures drawn too"]
+    return [f"written: {', '.join(map(str, files))}"]

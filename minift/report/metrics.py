@@ -4,6 +4,7 @@ Forgetting is the loss on general text (`text_windows`), outside the task, after
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,26 @@ from tokenizers import Tokenizer
 
 from minift.data.dataset import read_text
 from minift.data.tokens import Example
-from minift.distributed import all_sum, local_rows, reshard
+from minift.distributed import RANK, WORLD_SIZE, all_sum, local_rows, reshard
 from minift.errors import UserError
 from minift.model.generate import generate
 from minift.model.gpt import GPT
 from minift.model.packing import Row, text_row
 from minift.report.rouge import rouge, rouge_tokens
+from minift.report.unsupported import check, ordinary_words
 
 LOGITS_BLOCK = 128  # target tokens whose logits (block, V) exist at one time, so that scoring takes little memory
 DECODE_BATCH = 64  # prompts that are completed together
 NO_REFERENCES = 64  # the limit of new tokens if there are no completions whose lengths could decide on it
 MAX_WINDOW = 512  # tokens of a window of general text
+ROUGE = ("rouge1", "rouge2", "rougeL")
+TEXT_SCORES = ("exact_match", *ROUGE)
 
 
 @torch.no_grad()
-def measure_losses(model: GPT, rows: list[Row], batch: int) -> dict[str, float]:
-    """Over all target tokens of the rows: loss in nats per token, perplexity, and token_accuracy.
+def measure_losses(model: GPT, rows: Sequence[Row], batch: int) -> dict[str, Any]:
+    """Over all target tokens of the rows: loss in nats per token, perplexity, and token_accuracy; and row_losses, the
+    nats of each row, in the rows' order.
 
     token_accuracy is the share of targets that are the most likely token, given the true tokens before them. Each
     process scores its part of the rows, and all of them return the result for all rows.
@@ -36,22 +41,32 @@ def measure_losses(model: GPT, rows: list[Row], batch: int) -> dict[str, float]:
     was_training = model.training
     model.eval()  # no dropout
     loss = correct = count = 0
-    by_length = sorted(rows, key=lambda row: len(row.ids))  # similar lengths in a batch need the least memory
-    for start in range(0, len(by_length), batch):
-        packed = model.pack(local_rows(by_length[start : start + batch]))
+    row_losses = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # similar lengths in a batch need the least memory
+    for start in range(0, len(order), batch):
+        indices = order[start : start + batch]
+        local = local_rows([rows[i] for i in indices])
+        packed = model.pack(local)
         hidden = model.hidden(packed, packed.target_positions)  # (n, C)
         hidden_blocks = hidden.split(LOGITS_BLOCK)
         target_blocks = packed.targets.split(LOGITS_BLOCK)
+        nats = []
         for h, targets in zip(hidden_blocks, target_blocks, strict=True):
             logits = model.logits(h)  # (block, V)
-            # PyTorch's own, not the op of training, so that a score does not depend on it
-            loss += F.cross_entropy(logits, targets, reduction="sum").item()
+            # PyTorch's own cross-entropy in two steps, not the op of training, so that a score does not depend on it
+            log_probs = F.log_softmax(logits, -1)
+            loss += F.nll_loss(log_probs, targets, reduction="sum").item()
+            nats.append(F.nll_loss(log_probs, targets, reduction="none"))
             correct += (logits.argmax(-1) == targets).sum().item()
         count += len(packed.targets)
+        by_row = torch.cat(nats).double().cpu().split([row.num_targets for row in local])
+        for i, row_nats in zip(indices[RANK::WORLD_SIZE], by_row, strict=False):
+            row_losses[i] = row_nats.sum().item()
     reshard(model)  # a pass without a backward pass leaves sharded parameters gathered
     model.train(was_training)
-    loss, correct, count = all_sum(loss, correct, count)
-    return {"loss": loss / count, "perplexity": safe_exp(loss / count), "token_accuracy": correct / count}
+    loss, correct, count, *row_losses = all_sum(loss, correct, count, *row_losses)  # 0 for the other processes' rows
+    return {"loss": loss / count, "perplexity": safe_exp(loss / count), "token_accuracy": correct / count,
+            "row_losses": row_losses}
 
 
 def safe_exp(x: float) -> float:
@@ -78,7 +93,7 @@ def text_windows(ids: list[int], n_positions: int, reserved: int) -> list[Row]:
     return [text_row(ids[start : start + window + 1]) for start in range(0, len(ids) - 1, window)]
 
 
-def write_completions(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: list[Example],
+def write_completions(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: Sequence[Example],
                       max_new_tokens: int) -> tuple[list[str], dict[str, int]]:
     """Greedy completions of the rows, in their order, without white space at both ends; "" for a text alone. And three
     counts: completions, prompts and references that a limit cut.
@@ -131,42 +146,53 @@ def choose_max_new_tokens(rows: dict[str, list[Example]], eos_id: int, room: int
     return longest + 1, f"the longest {kind} reference has {longest} tokens, then comes an end-of-text"
 
 
-def score_texts(predictions: list[str], references: list[str]) -> dict[str, float | None]:
-    """Means over all rows, in 0..1: exact_match, which ignores white space at both ends, rouge1, rouge2 and rougeL.
-
-    Without rows all are None. If no reference has a word, the three of ROUGE are None.
+def score_row(example: Example, completion: str, loss: float, ordinary: set[str]) -> dict[str, Any]:
+    """The scores of one row: `loss` in nats, summed over its `targets`; exact_match (0 or 1), which ignores white space
+    at both ends; rouge1, rouge2 and rougeL in 0..1; the number of names and numbers, and of those that are unsupported.
     """
-    totals = {"exact_match": 0.0, "rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
-    for prediction, reference in zip(predictions, references, strict=True):
-        totals["exact_match"] += prediction.strip() == reference.strip()
-        for name, value in rouge(prediction, reference).items():
-            totals[name] += value
-    if not references:
-        return dict.fromkeys(totals)
-    scores: dict[str, float | None] = {name: total / len(references) for name, total in totals.items()}
-    if not any(rouge_tokens(reference) for reference in references):
-        scores |= {"rouge1": None, "rouge2": None, "rougeL": None}  # a 0 would look like a bad model
+    pair = example.pair
+    row = {"where": pair.where, "loss": loss, "targets": example.num_targets, "completion": completion}
+    if not pair.prompt:  # a text alone has no reference
+        return row | dict.fromkeys(TEXT_SCORES) | {"names": 0, "unsupported": 0, "unsupported_words": []}
+    row |= rouge(completion, pair.completion)
+    row["exact_match"] = int(completion.strip() == pair.completion.strip())
+    names, words = check(completion, (pair.prompt, pair.completion), ordinary)
+    return row | {"names": names, "unsupported": len(words), "unsupported_words": words}
+
+
+def text_scores(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The means over the rows that have a reference, and `unsupported`, the share of all their names and numbers."""
+    scores: dict[str, float | None] = {}
+    for name in TEXT_SCORES:
+        values = [row[name] for row in rows if row[name] is not None]
+        scores[name] = sum(values) / len(values) if values else None
+    names = sum(row["names"] for row in rows)
+    scores["unsupported"] = sum(row["unsupported"] for row in rows) / names if names else None
     return scores
 
 
-def score(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: list[Example], batch: int,
+def score(model: GPT, tokenizer: Tokenizer, eos_id: int, examples: Sequence[Example], batch: int,
           max_new_tokens: int, general_rows: list[Row] | None) -> dict[str, Any]:
-    """All scores of a model on some rows, by the names of result.json, with its completions and their counts.
+    """All scores of a model on some rows, by the names of result.json, with its completions and their counts, and
+    `rows`, the scores of each row.
 
     general_loss is the loss on the general text; None without such a text.
     """
     scores: dict[str, Any] = dict.fromkeys(("loss", "perplexity", "token_accuracy"))  # None: there are no rows
+    row_losses = []
     if examples:
         scores |= measure_losses(model, examples, batch)
+        row_losses = scores.pop("row_losses")
     completions, counts = write_completions(model, tokenizer, eos_id, examples, max_new_tokens)
-    predictions, references = [], []
-    for example, completion in zip(examples, completions, strict=True):
-        if example.pair.prompt:  # a text alone has no reference
-            predictions.append(completion)
-            references.append(example.pair.completion)
-    scores |= score_texts(predictions, references)
+    ordinary = ordinary_words(text for example in examples for text in (example.pair.prompt, example.pair.completion))
+    rows = [score_row(example, completion, loss, ordinary)
+            for example, completion, loss in zip(examples, completions, row_losses, strict=True)]
+    if not any(rouge_tokens(example.pair.completion) for example in examples if example.pair.prompt):
+        for row in rows:  # no reference has a word: a 0 would look like a bad model
+            row |= dict.fromkeys(ROUGE)
+    scores |= text_scores(rows)
     scores["general_loss"] = measure_losses(model, general_rows, batch)["loss"] if general_rows else None
-    return scores | counts | {"completions": completions}
+    return scores | counts | {"completions": completions, "rows": rows}
 
 
 def limit_report(scores: dict[str, Any], max_new_tokens: int) -> list[str]:

@@ -17,7 +17,7 @@ from minift.data.chats import between
 from minift.data.dataset import DataOptions
 from minift.data.layouts import AnyLayout, Layout
 from minift.data.pairs import Prompt
-from minift.data.tokens import prompt_pieces, start_tokens, tokenize_rows
+from minift.data.tokens import TextTokenizer, prompt_pieces, start_tokens
 from minift.errors import UserError
 from minift.files.weights import Base
 from minift.model.generate import generate
@@ -79,7 +79,8 @@ class Predictor:
         start = start_tokens(tokenizer)
         pieces = [[text for text, _ in prompt_pieces(prompt.text, prompt.learned)] for prompt in prompts]
         encoded = []
-        for prompt, row in zip(prompts, tokenize_rows(tokenizer, pieces, self.data.control_tokens), strict=True):
+        rows = TextTokenizer(tokenizer, self.data.control_tokens).tokenize_rows(pieces)
+        for prompt, row in zip(prompts, rows, strict=True):
             ids = [i for piece in row for i in piece]
             if not ids:
                 raise UserError(f"{source.with_name(prompt.where)}: the prompt has no tokens: mend or remove the row")
