@@ -4,67 +4,88 @@
     python train.py --mode all                        every mode on the same rows, and one table
     python train.py --model gpt2 --data my.jsonl      GPT-2 on your own pairs
     python train.py --adapter DIR                     start from a run's tuned parameters, or from PEFT's
+    python train.py --mode all --lr auto --seeds 3    search each mode's learning rate, then repeat with three seeds
     torchrun --nproc-per-node 2 train.py ...          on two GPUs; --shard if one cannot hold the model
 
-It reads from top to bottom: options, base and data, then for each mode plan, build, train and score, then the table.
+A flag with [,...] also takes a comma list: each value is tried, of several lists each combination, and the run with the
+lowest validation loss is kept and scored.
+
+It reads from top to bottom: options, base and data, then for each mode the search, and for each seed plan, build,
+train and score, then the table.
 The loop never asks which mode it is in: a mode (minift/modes/) decides which modules are added and which parameters
 train. Only these go to the optimizer and into the saved file.
 """
+
+from minift.quick_help import exit_with_help, train_parser
+
+if __name__ == "__main__":
+    exit_with_help(train_parser)  # before the imports below, since torch's takes more than a second
 
 import math
 import signal
 import sys
 import time
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from minift import modes, ops, plan
 from minift.data import dataset
-from minift.data.tokens import Example
+from minift.data.quality import Facts
+from minift.data.row_store import Examples
 from minift.device import (
     choose_device,
     choose_dtype,
     configure_process,
-    peak_memory,
     reset_peak_memory,
     resident_memory,
 )
 from minift.distributed import all_sum, processes, replicate, seed_step
-from minift.errors import UserError, run_script
+from minift.errors import TrainingFailed, UserError, run_script
 from minift.files import checkpoint, weights
 from minift.files.atomic import write_json
 from minift.files.checkpoint import Progress
 from minift.files.weights import Base
 from minift.model.gpt import GPT
 from minift.model.packing import Row
-from minift.report import compare, metrics
-from minift.report.plot import LiveCurves
-from minift.report.result import make_result, progress_facts, summary
+from minift.report import compare, metrics, test_rows
+from minift.report.display import Display, TrainingView
+from minift.report.result import make_result, progress_facts, scores_line, summary
 from minift.run import config as configuration
 from minift.run.config import Config, TrainOptions
-from minift.run.extend import extend, how_to_extend, resumable
+from minift.run.extend import extend, how_to_extend
 from minift.run.folder import COMPARE, MetricsLog, StopSignals, choose_folder, finished, open_folder
 from minift.training import (
     bad_step,
     build,
     build_on_meta,
+    check_learned,
     init_or_resume,
     iterate_steps,
     largest_batch,
     learning_rate,
     make_optimizer,
     run_metadata,
-    status,
     total_steps,
     train_step,
     untouched_base,
     validate,
 )
+from minift.trials import (
+    Trials,
+    average,
+    describe_seeds,
+    expected_trainings,
+    expected_trials,
+    has_all_seeds,
+    repetitions,
+    trials_table,
+)
 
-Rows = dict[str, list[Example]]  # {"train": ..., "val": ..., "test": ...}
+Rows = dict[str, Examples]  # {"train": ..., "val": ..., "test": ...}
 
 
 @processes()
@@ -78,12 +99,16 @@ def main(arguments: list[str]) -> None:
         print(plan.report(configs))
         return
 
-    # base and data: loaded once, for all modes
+    # base and data: loaded once, for all runs
     base = load_base(options)
-    meta_models = [build_on_meta(base, config) for config in configs]  # checks the options of every mode
+    # checks the options of every mode, and of a search every value
+    meta_models = [build_on_meta(base, setting) for config in configs for setting in config.settings]
     check_adapter(configs[0], base)
     reserved = max(model.prompt_tokens for model in meta_models)
-    rows = load_rows(configs[0], base, reserved)
+    rows, data_quality = load_rows(configs[0], base, reserved)
+    if not rows["val"] and any(config.search for config in configs):
+        raise UserError("a search chooses by the validation loss, and there are no validation rows: add some, or give "
+                        "each option one value")
     general_rows = load_general_rows(options, base, reserved)
     if options.max_new_tokens is None:
         room = base.model.config.n_positions - reserved
@@ -91,27 +116,27 @@ def main(arguments: list[str]) -> None:
         configs = [config.changed(max_new_tokens=limit) for config in configs]
         options = configs[0].train
 
-    # each mode: plan, build, train, score
+    # each mode: the search, then a run for each seed
     out = choose_folder(options.out, options.mode)
+    configs = [replace(config, root=out) for config in configs]
     folders = [out / config.mode if is_comparison else out for config in configs]
+    task = Task(options, base, rows, data_quality, general_rows, Display(*expected_trainings(configs)))
     with open_folder(out, options.overwrite, resume=options.resume is not None):
         if not options.resume:
             write_configs(out, configs, folders)
         elif configs[0].extended:
-            extend(configs, folders, total_steps(len(rows["train"]), options))
-        results, base_scores = [], None
-        for config, meta_model, folder in zip(configs, meta_models, folders, strict=True):
+            runs = [run for pair in zip(configs, folders, strict=True) for run in repetitions(*pair)]
+            extend(runs, total_steps(len(rows["train"]), options))
+        results = []
+        for config, folder in zip(configs, folders, strict=True):
             print(configuration.describe(config))
-            result = finished(folder) if is_comparison and options.resume else None
-            if result is not None:
-                print(how_to_extend(config, out))
+            result = finished(folder) if options.resume and (is_comparison or options.seeds > 1) else None
+            if result is not None and has_all_seeds(result, config):
+                print(how_to_extend(config))
+                task.display.skip(expected_trainings([config])[0])
             else:
-                facts, scores = tune(config, base, meta_model, rows, general_rows, folder)
-                if base_scores is None:  # after the first run, so that training begins at once
-                    base_scores = score(untouched_base(base, options), base, rows, options, general_rows)
-                result = make_result(facts, scores, base_scores)
-                write_json(folder / "result.json", result)
-                print(summary(result, scores, base_scores, rows["test"], options.max_new_tokens))
+                config = search(config, task, folder)
+                result = repeat(config, task, folder) if options.seeds > 1 else tune(config, task, folder)
             results.append(result)
 
         # the table
@@ -145,20 +170,21 @@ def check_adapter(config: Config, base: Base) -> None:
         checkpoint.check_tuned_belongs(config.adapter, expected)
 
 
-def load_rows(config: Config, base: Base, reserved: int) -> Rows:
-    """The rows of the three splits as tokens, with room for `reserved` positions in front of each."""
+def load_rows(config: Config, base: Base, reserved: int) -> tuple[Rows, Facts]:
+    """The rows of the three splits as tokens, with room for `reserved` positions in front of each; and facts on the
+    quality of the training rows."""
     options = config.train
     limits = {"train": None, "val": options.val_rows, "test": options.test_rows}
     room = base.model.config.n_positions - reserved
     eos = weights.required_eos(base)
-    rows, lines = dataset.load_examples(config.data, options.seed, base.tokenizer, eos, room, limits)
+    rows, lines, facts = dataset.load_examples(config.data, options.seed, base.tokenizer, eos, room, limits)
     if not rows["val"]:
         lines.append("without validation rows there is no validation loss, no early stopping and no choice of the best "
                      "parameters: those of the last step are kept")
     if not rows["test"]:
         lines.append("without test rows there are no scores but forgetting and cost")
     print("\n".join(f"  {line}" for line in lines))
-    return rows
+    return rows, facts
 
 
 def load_general_rows(options: TrainOptions, base: Base, reserved: int) -> list[Row] | None:
@@ -175,60 +201,119 @@ def write_configs(out: Path, configs: list[Config], folders: list[Path]) -> None
         configuration.save(folder, config)
 
 
-def tune(config: Config, base: Base, meta_model: GPT, rows: Rows, general_rows: list[Row] | None,
-         folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One mode, from the untouched base to scores. Returns facts of the run for result.json, and the scores."""
-    options, started = config.train, time.perf_counter()
-    device = choose_device(options.device)
+@dataclass
+class Task:
+    """The options, the base and the rows, which all runs of a command share."""
 
-    cost = plan.predict(config, meta_model, largest_batch(rows["train"], options))
-    reset_peak_memory(device)
-    predicted_peak = cost["predicted_peak_bytes"] + resident_memory(device)
-    if options.shard:
-        predicted_peak = None  # the plan knows a process that holds the whole model
+    options: TrainOptions
+    base: Base
+    rows: Rows
+    data_quality: Facts
+    general_rows: list[Row] | None
+    display: Display
 
+    def score(self, model: GPT) -> dict[str, Any]:
+        """The scores of a model on the test rows."""
+        return metrics.score(model, self.base.tokenizer, self.base.eos_token_id, self.rows["test"], self.options.batch,
+                             self.options.max_new_tokens, self.general_rows)
+
+    @cached_property
+    def base_scores(self) -> dict[str, Any]:
+        """Those of the untouched base. Computed at the first use, after a training, so that training begins at once."""
+        return self.score(untouched_base(self.base, self.options))
+
+
+def search(config: Config, task: Task, folder: Path) -> Config:
+    """Train with each setting of a search, without scores. Returns the one with the lowest validation loss, whose run
+    is then in `folder`; without a search, `config` itself."""
+    trials = Trials(config, folder)
+    task.display.skip(len(trials.lines))  # those before an interruption
+    while (trial := trials.next()) is not None:
+        reset_peak_memory(choose_device(config.train.device))
+        try:
+            # no name for the model, so that it is freed before the next one is built
+            progress = train(build(task.base, trial.config), trial.config, task, trial.folder)
+            outcome = trials.tell(progress)
+        except TrainingFailed as error:
+            outcome = trials.tell_failure(error)
+        task.display.report(trial.config, outcome)
+    chosen = trials.keep_best()
+    task.display.expect(len(trials.lines) - expected_trials(config))
+    if trials.lines:
+        print("\n" + trials_table(trials.lines))
+    return chosen
+
+
+def repeat(config: Config, task: Task, folder: Path) -> dict[str, Any]:
+    """The run with each seed. Returns the result with means and standard deviations, which is in `folder`."""
+    runs = repetitions(config, folder)
+    results = [finished(run_folder) or tune(run, task, run_folder) for run, run_folder in runs]
+    result = average(results, [run.train.seed for run, _ in runs])
+    write_json(folder / "result.json", result)
+    print(describe_seeds(result))
+    return result
+
+
+def tune(config: Config, task: Task, folder: Path) -> dict[str, Any]:
+    """One run, from the untouched base to scores. Returns the content of its result.json."""
+    options, base, rows, started = config.train, task.base, task.rows, time.perf_counter()
+    if config.part:
+        configuration.save(folder, config)
+    predicted_peak = None if config.part else predict_peak(config, task)
+    reset_peak_memory(choose_device(options.device))
     total = count(base.model)
     model = build(base, config)
     trainable = sum(parameter.numel() for parameter in modes.tuned_parameters(model).values())
-    print(f"\n{config.mode}: {trainable:,} parameters train, {trainable / total:.2%} of the base's {total:,}")
+    if not config.part:
+        print(f"\n{config.mode}: {trainable:,} parameters train, {trainable / total:.2%} of the base's {total:,}")
 
-    progress = train(model, config, base, rows, folder)
-    peak = peak_memory(device)
+    progress = train(model, config, task, folder)
 
-    scores = score(model, base, rows, options, general_rows)
-    facts = progress_facts(progress) | {
+    scores = task.score(model)
+    facts = progress_facts(progress, folder) | {
         "mode": config.mode, "base": options.model, "learning_rate": options.lr,
         "trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total,
-        "tuned_bytes": checkpoint.tuned_bytes(folder), "peak_memory_bytes": peak,
-        "predicted_peak_bytes": predicted_peak, "seconds": time.perf_counter() - started}
-    return facts, scores
+        "tuned_bytes": checkpoint.tuned_bytes(folder), "predicted_peak_bytes": predicted_peak,
+        "seconds": time.perf_counter() - started, "data_quality": task.data_quality}
+    result = make_result(facts, scores, task.base_scores)
+    test_rows.write(folder, scores, task.base_scores)
+    write_json(folder / "result.json", result)
+    if config.part:
+        task.display.report(config, scores_line(result))
+    else:
+        print(summary(result, scores, task.base_scores, rows["test"], options.max_new_tokens))
+    return result
 
 
-def score(model: GPT, base: Base, rows: Rows, options: TrainOptions, general_rows: list[Row] | None) -> dict[str, Any]:
-    """The scores of a model on the test rows."""
-    return metrics.score(model, base.tokenizer, base.eos_token_id, rows["test"], options.batch,
-                         options.max_new_tokens, general_rows)
+def predict_peak(config: Config, task: Task) -> int | None:
+    """The plan's prediction of the peak memory in bytes. None with --shard: the plan knows a process that holds the
+    whole model."""
+    if config.train.shard:
+        return None
+    meta_model = build_on_meta(task.base, config)
+    cost = plan.predict(config, meta_model, largest_batch(task.rows["train"], config.train))
+    device = choose_device(config.train.device)
+    reset_peak_memory(device)  # gives freed memory back, which would count
+    return cost["predicted_peak_bytes"] + resident_memory(device)
 
 
-def train(model: GPT, config: Config, base: Base, rows: Rows, folder: Path) -> Progress:
+def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
     """The training loop. Leaves the model with its best parameters, which are also in the run's tuned file."""
-    options = config.train
+    options, rows = config.train, task.rows
     steps = total_steps(len(rows["train"]), options)
     eval_every = options.eval_every or max(1, steps // 10)
     optimizer = make_optimizer(model, options.lr, options.weight_decay)
-    metadata = run_metadata(config, base, rows)
+    metadata = run_metadata(config, task.base, rows)
     initial = checkpoint.checksum(modes.tuned_parameters(model), {})
     progress = init_or_resume(model, config, rows, folder, metadata, optimizer)
     replica = replicate(model)
-    curves = LiveCurves(folder)
-    bar = tqdm(total=steps, initial=progress.step, desc=config.mode, unit="step", file=sys.stdout,
-               disable=not sys.stdout.isatty())
+    view = TrainingView(task.display, config, folder, steps, progress)
     model.train()
-    with StopSignals() as signals, MetricsLog(folder, progress.step) as log, bar:
+    with StopSignals() as signals, MetricsLog(folder, progress.step) as log, view:
         if progress.step == 0:  # the start is the first candidate for the best parameters
             val_loss = validate(model, rows["val"], options, folder, metadata, progress)
             log.write(step=0, train_loss=None, val_loss=val_loss)
-            bar.write(status(config.mode, progress, steps, val_loss), file=sys.stdout)
+            view.validation(progress, val_loss)
         for micro_batches in iterate_steps(rows["train"], options, progress.step):
             if progress.step >= steps or progress.early_stopped:
                 break
@@ -244,37 +329,26 @@ def train(model: GPT, config: Config, base: Base, rows: Rows, folder: Path) -> P
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            progress.step += 1
-            progress.window_loss += loss
-            progress.window_steps += 1
-            progress.tokens += sum(len(row.ids) for batch in micro_batches for row in batch)
-            progress.seconds += time.perf_counter() - step_started
-            speed = progress.tokens / progress.seconds
-            log.write(step=progress.step, loss=loss, lr=lr, grad_norm=grad_norm)
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:.0f}")
+            tokens = sum(len(row.ids) for batch in micro_batches for row in batch)
+            seconds = time.perf_counter() - step_started
+            progress.add_step(loss, tokens, seconds)
+            log.write(step=progress.step, loss=loss, lr=lr, grad_norm=grad_norm, tokens=tokens, seconds=seconds)
+            view.step(progress, loss, lr)
 
             validated = progress.step % eval_every == 0 or progress.step == steps
             if validated:
                 val_loss = validate(model, rows["val"], options, folder, metadata, progress)
                 log.write(step=progress.step, train_loss=progress.train_loss, val_loss=val_loss)
-                bar.write(status(config.mode, progress, steps, val_loss, lr), file=sys.stdout)
+                view.validation(progress, val_loss, lr)
             if validated or stop:
                 checkpoint.save_last(folder, model, metadata, optimizer, progress)
-                curves.draw()
+                view.draw()
             if stop:
-                print(f"stopped after step {progress.step}; python train.py --resume {resumable(config, folder)} "
-                      "continues from there")
+                print(f"stopped after step {progress.step}; python train.py --resume {config.root} continues from "
+                      "there")
                 sys.exit(128 + (signals.received or signal.SIGTERM))
-    if progress.early_stopped:
-        print(f"{config.mode}: stopped early, {options.patience} validations without a better loss")
-    curves.draw(is_last=True)
-    if checkpoint.checksum(modes.tuned_parameters(model), {}) == initial:
-        raise UserError(f"{folder}: the tuned parameters equal their initial values, nothing was learned: raise --lr "
-                        "or --steps")
-    if progress.best_step == 0:
-        print(f"{config.mode} did not beat its start: no validation after step 0 had a lower loss than "
-              f"{progress.best_val_loss:.4f}, and the parameters of step 0 are kept: try another --lr or more --steps")
+    check_learned(model, initial, folder)
+    view.end(progress)
     checkpoint.load_best(folder, model)
     return progress
 

@@ -16,6 +16,10 @@ class UserError(Exception):
     """
 
 
+class TrainingFailed(UserError):
+    """A training cannot continue with its options, or has changed nothing. A search notes it and tries the others."""
+
+
 @contextlib.contextmanager
 def tokenizer_faults(where: str) -> Iterator[None]:
     """While entered: every exception of the tokenizers package becomes a UserError that begins with `where`."""
@@ -53,7 +57,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         # a terminal's encoding may lack a character of the data; a test may have replaced the stream
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a log file shows lines at once
     arguments = sys.argv[1:]
     try:
         # Python represents a byte that is not valid UTF-8 by one of these characters

@@ -10,6 +10,7 @@ import math
 import operator
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from minift.errors import UserError
@@ -56,16 +57,33 @@ def parse_int(text: str) -> int:
     return value
 
 
+def parse_list(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser for one value, as `parse` reads it, or for a comma list of different values: a tuple."""
+    def parse_values(text: str) -> Any:
+        values = tuple(parse(part) for part in text.split(","))
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text:.40}: a value is repeated")
+        return values if len(values) > 1 else values[0]
+
+    parse_values.__name__ = parse.__name__  # argparse's messages have it
+    return parse_values
+
+
+PARSERS: dict[type, Callable[[str], Any]] = {float: parse_float, int: parse_int}
+
+
 def flag(name: str) -> str:
     """The flag of a field: "--max-length" for "max_length"."""
     return "--" + name.replace("_", "-")
 
 
-def add_options(parser: Parser, title: str, options: type) -> None:
+def add_options(parser: Parser, title: str, options: type, lists: dict[str, Callable] | None = None) -> None:
     """Add a group of flags: one for each field of the dataclass `options` that has a help text. Two modes may share a
-    flag: the later group only mentions it. Raises TypeError if the two want different types."""
+    flag: the later group only mentions it. Raises TypeError if the two want different types.
+
+    lists: the fields whose flags also take a comma list, with the parsers of such a list."""
     group = parser.add_argument_group(title)
-    shared = []
+    shared, lists = [], lists or {}
     for field in dataclasses.fields(options):
         help, choices = field.metadata["help"], field.metadata["choices"]
         if help is None:
@@ -84,8 +102,10 @@ def add_options(parser: Parser, title: str, options: type) -> None:
             continue
         if field.default is not None:
             help += f" (default {field.default})"
-        parse = {float: parse_float, int: parse_int}.get(kind, kind)
+        parse = lists.get(field.name) or PARSERS.get(kind, kind)
         metavar = None if choices else kind.__name__.upper()  # None: argparse shows the choices
+        if field.name in lists:
+            metavar += "[,...]"
         group.add_argument(name, default=None, help=help, choices=choices, type=parse, metavar=metavar)
     if shared:
         group.description = f"also {', '.join(shared)}, described above"

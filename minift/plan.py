@@ -25,6 +25,7 @@ from minift.ops import FLOPS
 from minift.report.table import format_bytes, table
 from minift.run.config import Config
 from minift.training import build_on_meta, largest_batch, make_optimizer, train_step
+from minift.trials import words
 
 COLUMNS = {
     "mode": ("mode", str),
@@ -191,16 +192,20 @@ def nbytes(tensors: Any) -> int:
 
 
 def report(configs: list[Config]) -> str:
-    """The text of train.py --plan: the planned step and a row for each mode. Raises UserError."""
+    """The text of train.py --plan: the planned step and a row for each mode, in a search for the setting that needs the
+    most memory. Raises UserError."""
     options, data = configs[0].train, configs[0].data  # all modes of a comparison share them, but for lr and decay
     device = choose_device(options.device)
     base = weights.with_eos(weights.load_on_meta(options.model), options.eos)
-    models = [build_on_meta(base, config) for config in configs]
+    # learning rates need the same memory, so settings differ by the options of the mode
+    settings = [list({setting.mode_options: setting for setting in config.settings}.values()) for config in configs]
+    models = [[build_on_meta(base, setting) for setting in of_mode] for of_mode in settings]
     # all modes train on the same rows, so the mode with the most reserved positions limits their length
-    max_tokens = base.model.config.n_positions - max(model.prompt_tokens for model in models)
+    reserved = max(model.prompt_tokens for of_mode in models for model in of_mode)
+    max_tokens = base.model.config.n_positions - reserved
     if data.data and base.tokenizer is not None:
-        rows, _ = load_examples(data, options.seed, base.tokenizer, weights.required_eos(base), max_tokens,
-                                {"train": None})
+        limits = {"train": None, "val": options.val_rows, "test": options.test_rows}  # of a run, which has a cache
+        rows, *_ = load_examples(data, options.seed, base.tokenizer, weights.required_eos(base), max_tokens, limits)
         batch = largest_batch(rows["train"], options)
         origin = f"the largest batch of {data.data}"
     else:
@@ -208,7 +213,16 @@ def report(configs: list[Config]) -> str:
         num_targets = max(1, tokens // 5)
         batch = [Row([0] * tokens, ((tokens - num_targets, tokens),))] * options.batch
         origin = "assumed: give --data and a folder with a tokenizer to plan with real rows"
-    results = [predict(config, model, batch) for config, model in zip(configs, models, strict=True)]
+    results = []
+    for of_mode, their_models in zip(settings, models, strict=True):
+        costs = []
+        for setting, model in zip(of_mode, their_models, strict=True):
+            cost = predict(setting, model, batch)
+            if len(of_mode) > 1:
+                searched = {name: getattr(setting.mode_options, name) for name in setting.search if name != "lr"}
+                cost["mode"] += f", {words(searched)}"
+            costs.append(cost)
+        results.append(max(costs, key=lambda cost: cost["predicted_peak_bytes"]))
     # measured after planning, which needs memory too and is part of every run
     resident = resident_memory(device)
     for result in results:

@@ -8,15 +8,16 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from minift import modes
-from minift.data.dataset import batches, file_batches
-from minift.data.tokens import Example
-from minift.device import choose_device, choose_dtype
+from minift.data.dataset import batches, file_batches, row_lengths
+from minift.data.row_store import Examples
+from minift.device import choose_device, choose_dtype, peak_memory
 from minift.distributed import WORLD_SIZE, full_tensor, local_rows, to_device
-from minift.errors import UserError
+from minift.errors import TrainingFailed, UserError
 from minift.files import checkpoint
 from minift.files.checkpoint import LAST, TUNED, Progress
 from minift.files.weights import Base
@@ -25,7 +26,7 @@ from minift.model.packing import Row
 from minift.ops.kernel_choice import check_kernel
 from minift.report import metrics
 from minift.run.config import Config, TrainOptions
-from minift.run.extend import how_to_extend, resumable, undo_early_stop
+from minift.run.extend import how_to_extend, undo_early_stop
 
 MicroBatches = list[Sequence[Row]]  # the rows of an optimizer step, one batch for each forward pass
 
@@ -139,31 +140,39 @@ def total_steps(num_rows: int, options: TrainOptions) -> int:
     return max(1, round(options.epochs * steps_per_epoch(num_rows, options)))
 
 
-def iterate_steps(rows: Sequence[Row], options: TrainOptions, first: int) -> Iterator[MicroBatches]:
-    """The rows of each optimizer step, from step `first` on, without end. The order of an epoch depends on the seed and
-    the number of the epoch alone, so a run resumes at any step."""
-    epoch, skipped = divmod(first, steps_per_epoch(len(rows), options))
+def iterate_numbers(lengths: np.ndarray, options: TrainOptions, first: int) -> Iterator[list[np.ndarray]]:
+    """The row numbers of each batch of each optimizer step, from step `first` on, without end. `lengths` are those of
+    the rows. The order of an epoch depends on the seed and the number of the epoch alone, so a run resumes at any
+    step."""
+    epoch, skipped = divmod(first, steps_per_epoch(len(lengths), options))
     while True:
         if options.order == "file":
-            order = file_batches(rows, options.batch)
+            order = file_batches(lengths, options.batch)
         else:
-            order = batches(rows, options.batch, options.seed, epoch)
+            order = batches(lengths, options.batch, options.seed, epoch)
         for i in range(skipped * options.accumulate, len(order), options.accumulate):
             yield order[i : i + options.accumulate]
         epoch, skipped = epoch + 1, 0
 
 
+def iterate_steps(rows: Sequence[Row], options: TrainOptions, first: int) -> Iterator[MicroBatches]:
+    """The rows of each optimizer step, from step `first` on, without end."""
+    for step in iterate_numbers(row_lengths(rows), options, first):
+        yield [[rows[number] for number in batch] for batch in step]
+
+
 def largest_batch(rows: Sequence[Row], options: TrainOptions) -> Sequence[Row]:
     """The batch of a run that needs the most memory. It decides the peak."""
-    steps = itertools.islice(iterate_steps(rows, options, 0), total_steps(len(rows), options))
+    lengths = row_lengths(rows)
+    steps = itertools.islice(iterate_numbers(lengths, options, 0), total_steps(len(rows), options))
     largest, largest_size = [], 0
     for micro_batches in steps:
         for batch in micro_batches:
             # each row at the length of the longest, as attention on a GPU pads it
-            size = len(batch) * max(len(row.ids) for row in batch)
+            size = len(batch) * lengths[batch].max()
             if size > largest_size:
                 largest, largest_size = batch, size
-    return largest
+    return [rows[number] for number in largest]
 
 
 def train_step(model: GPT, micro_batches: MicroBatches, clip: float,
@@ -193,18 +202,18 @@ def train_step(model: GPT, micro_batches: MicroBatches, clip: float,
 
 # ---- the state of a run
 
-def run_metadata(config: Config, base: Base, rows: dict[str, list[Example]]) -> dict[str, str]:
+def run_metadata(config: Config, base: Base, rows: dict[str, Examples]) -> dict[str, str]:
     """The metadata of a run's files, which must agree when it resumes: base, mode, options and rows."""
     base_metadata = checkpoint.base_metadata(base.fingerprint, config.mode, config.mode_options, base.name)
     training_metadata = checkpoint.training_metadata(config.train, rows, ignored=config.resume_changes)
     return checkpoint.run_metadata(base_metadata, training_metadata)
 
 
-def init_or_resume(model: GPT, config: Config, rows: dict[str, list[Example]], folder: Path, metadata: dict[str, str],
+def init_or_resume(model: GPT, config: Config, rows: dict[str, Examples], folder: Path, metadata: dict[str, str],
                    optimizer: torch.optim.Optimizer) -> Progress:
     """The progress of a new run, or of the run in `folder` that resumes, whose model and optimizer are loaded."""
     options = config.train
-    if not options.resume or not checkpoint.has_saved(folder):
+    if not checkpoint.has_saved(folder):
         # saved before the first step, so that a run can resume wherever it ends
         checkpoint.save_last(folder, model, metadata, optimizer, Progress())
         return Progress()
@@ -220,21 +229,22 @@ def init_or_resume(model: GPT, config: Config, rows: dict[str, list[Example]], f
         progress.best_val_loss = progress.best_after_start = math.inf
         validate(model, rows["val"], options, folder, metadata, progress)
     steps = total_steps(len(rows["train"]), options)
-    if progress.step >= steps or progress.early_stopped:
-        print(how_to_extend(config, resumable(config, folder)))
+    if options.resume and (progress.step >= steps or progress.early_stopped):
+        print(how_to_extend(config))
     elif config.extended:
         print(describe_extension(config, progress.step, steps))
     return progress
 
 
-def validate(model: GPT, val_rows: list[Example], options: TrainOptions, folder: Path, metadata: dict[str, str],
+def validate(model: GPT, val_rows: Examples, options: TrainOptions, folder: Path, metadata: dict[str, str],
              progress: Progress) -> float | None:
-    """The validation loss in nats per target. Saves the parameters if the loss is the best so far, and decides on early
-    stopping. Without validation rows there is no loss (None), and the latest parameters are saved."""
+    """The validation loss in nats per target. Saves the parameters if the loss is the best so far, decides on early
+    stopping, and notes the peak of the memory. Without validation rows there is no loss (None), and the latest
+    parameters are saved."""
     val_loss = metrics.measure_losses(model, val_rows, options.batch)["loss"] if val_rows else None
     if val_loss is not None and not math.isfinite(val_loss):
-        raise UserError(f"step {progress.step}: the validation loss is {val_loss}; the files in {folder} are from "
-                        "before and intact: lower --lr")
+        raise TrainingFailed(f"step {progress.step}: the validation loss is {val_loss}; the files in {folder} are from "
+                             "before and intact: lower --lr")
     # the training loss is a mean over the steps since the last validation
     if progress.window_steps:
         progress.train_loss = progress.window_loss / progress.window_steps
@@ -250,21 +260,12 @@ def validate(model: GPT, val_rows: list[Example], options: TrainOptions, folder:
         if val_loss < progress.best_after_start:
             progress.best_after_start, progress.evals_since_best = val_loss, 0
         progress.early_stopped = 0 < options.patience <= progress.evals_since_best
+    peak = peak_memory(choose_device(options.device)) or 0
+    progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak)  # a process before this one may have had more
     return val_loss
 
 
-def status(mode: str, progress: Progress, steps: int, val_loss: float | None, lr: float = 0.0) -> str:
-    """The line printed after a validation."""
-    line = f"{mode} step {progress.step}/{steps}"
-    val = "" if val_loss is None else f"  val {val_loss:.4f}"
-    if progress.step == 0:
-        return f"{line}{val}  the start"
-    best = "  best" if val and progress.best_step == progress.step else ""
-    speed = progress.tokens / progress.seconds
-    return f"{line}  train {progress.train_loss:.4f}{val}  lr {lr:.1e}  {speed:,.0f} tokens/s{best}"
-
-
-def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, step: int, folder: Path) -> UserError:
+def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, step: int, folder: Path) -> TrainingFailed:
     """The error for a loss or gradient that is not finite. It names the step, the parameter with the largest gradient,
     and the rows. The step was not applied, so saved parameters are good."""
     norms = {}
@@ -275,5 +276,13 @@ def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, step: int, fo
     worst = max(norms, key=norms.__getitem__)
     rows = ", ".join(row.pair.where for batch in micro_batches for row in batch)
     intact = f"{folder / LAST} is intact" if (folder / LAST).exists() else "nothing is saved yet"
-    return UserError(f"step {step}: the loss is {loss} and the largest gradient, of {worst}, has norm {norms[worst]}; "
-                     f"rows: {rows}; {intact}; lower --lr, look at these rows, or try --dtype fp32")
+    return TrainingFailed(f"step {step}: the loss is {loss} and the largest gradient, of {worst}, has norm "
+                          f"{norms[worst]}; rows: {rows}; {intact}; lower --lr, look at these rows, or try --dtype "
+                          "fp32")
+
+
+def check_learned(model: GPT, initial: str, folder: Path) -> None:
+    """Raises TrainingFailed if the parameters have the checksum `initial`, that of before the first step."""
+    if checkpoint.checksum(modes.tuned_parameters(model), {}) == initial:
+        raise TrainingFailed(f"{folder}: the tuned parameters equal their initial values, nothing was learned: raise "
+                             "--lr or --steps")

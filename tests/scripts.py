@@ -48,7 +48,7 @@ QUICK = ("--dtype", "fp32", "--device", "cpu", "--batch", "4", "--max-new-tokens
 
 @contextlib.contextmanager
 def one_thread(predict: bool) -> Iterator[None]:
-    """On shapes this small a second thread only waits. To predict a run's memory, or to draw curves.png, takes longer
+    """On shapes this small a second thread only waits. To predict a run's memory, or to draw pictures, takes longer
     than such a run, so both are left out unless asked for."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -56,6 +56,7 @@ def one_thread(predict: bool) -> Iterator[None]:
         if not predict:
             stack.enter_context(mock.patch.object(plan, "predict", lambda *_: {"predicted_peak_bytes": 0}))
             stack.enter_context(mock.patch.object(plot, "draw_curves", lambda folder: None))
+            stack.enter_context(mock.patch.object(plot, "draw_runs", lambda *_: None))
         yield
     torch.set_num_threads(before)
 
@@ -152,14 +153,16 @@ def json_of(path: Path) -> Any:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl without the durations, which differ from one run to the next."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 def step_losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder) if "loss" in line]
 
 
-TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes", "predicted_peak_bytes")
+TIMES = ("seconds", "tokens_per_second", "steady_tokens_per_second", "peak_memory_bytes", "predicted_peak_bytes")
 
 
 def scores(folder: Path) -> dict[str, Any]:
@@ -168,7 +171,9 @@ def scores(folder: Path) -> dict[str, Any]:
 
 
 def progress(folder: Path) -> dict[str, Any]:
-    return json.loads(safetensors.read(folder / "last.safetensors")[1]["progress"]) | {"seconds": 0}
+    """Without what differs from one run to the next."""
+    found = json.loads(safetensors.read(folder / "last.safetensors")[1]["progress"])
+    return found | {"seconds": 0, "peak_memory_bytes": 0}
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:

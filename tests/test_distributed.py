@@ -1,5 +1,6 @@
 """Two processes on one machine (torchrun, gloo) compute what one process computes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -81,8 +82,8 @@ def at_step(tmp_path: Path, step: int, rank: int, number: str) -> Path:
 
 
 def run_files(folder: Path) -> set[str]:
-    """The files of a run but for its picture, which runs in this process do not draw."""
-    return {name for name in files(folder) if not name.endswith("curves.png")}
+    """The files of a run but for its pictures, which runs in this process do not draw."""
+    return {name for name in files(folder) if not name.endswith(".png")}
 
 
 def assert_same_losses(one: Path, other: Path) -> None:
@@ -191,3 +192,19 @@ def test_an_error_is_printed_once(common: list[str], tmp_path: Path) -> None:
 def test_sharding_needs_processes(common: list[str], tmp_path: Path) -> None:
     ended = train(*common, "--shard", "--out", tmp_path / "x")
     assert ended.code == 2 and "torchrun" in ended.err and not (tmp_path / "x").exists()
+
+
+def test_two_processes_search_as_one(common: list[str], tmp_path: Path) -> None:
+    """With a trial that fails on every rank, and a repetition."""
+    options = [*common, "--mode", "full", "--lr", "1e30,1e-3,1e-4", "--seeds", 2]
+    trained(*options, "--out", tmp_path / "one")
+    ended = torchrun(tmp_path, *options, "--out", tmp_path / "two")
+    assert ended.code == 0 and ended.err == ""
+    here, there = ([json.loads(line) for line in (tmp_path / name / "trials.jsonl").read_text().splitlines()]
+                   for name in ("one", "two"))
+    assert [line["chosen"] for line in here] == [line["chosen"] for line in there]
+    losses = [[line["val_loss"] for line in lines] for lines in (here, there)]
+    assert losses[0][0] is losses[1][0] is None
+    assert losses[0][1:] == pytest.approx(losses[1][1:], abs=1e-4)
+    for name in ("", "seed-1"):
+        assert_same_losses(tmp_path / "one" / name, tmp_path / "two" / name)

@@ -23,7 +23,7 @@ from minift.files import checkpoint
 
 OLD_NAMES = {"evals_since_best": "stale", "early_stopped": "stopped"}  # of the progress in last.safetensors
 REMOVED = {"on_nan": "stop", "max_skips": 10}  # training options that only the old version had
-ADDED = ("ops",)  # and one that it did not have
+ADDED = ("ops", "seeds")  # and those that it did not have
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -43,6 +43,7 @@ def make_old(folder: Path, **changes: Any) -> None:
     removed = REMOVED | changes
     raw = json_of(folder / "config.json")
     raw["own"] = raw.pop("mode_options")
+    del raw["data"]["split_seed"], raw["search"], raw["part"]
     raw["train"] = old_training(raw["train"], removed)
     origins = {name: [value, "default"] for name, value in removed.items()}
     raw["origins"] = old_training(raw["origins"], origins)

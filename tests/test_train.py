@@ -36,7 +36,10 @@ from minift.files import weights
 from minift.files.checkpoint import Progress
 from minift.model.gpt import GPT
 from minift.model.packing import text_row
-from minift.report import compare, metrics, plot
+from minift.report import metrics, plot
+from minift.report.findings import troubles
+from minift.report.groups import Group
+from minift.report.runs import Run
 from minift.run.config import TrainOptions
 from minift.training import iterate_steps, learning_rate, make_optimizer, train_step
 
@@ -74,7 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, common: list[str], model_fold
 def examples(pairs: Path, model_folder: Path, split: str = "train") -> list[Example]:
     base = weights.load(str(model_folder))
     options = data.DataOptions(str(pairs))
-    found, _ = data.load_examples(options, 0, base.tokenizer, base.eos_token_id, 96, {split: None})
+    found, *_ = data.load_examples(options, 0, base.tokenizer, base.eos_token_id, 96, {split: None})
     return found[split]
 
 
@@ -89,7 +92,8 @@ def trainable(model_folder: Path) -> GPT:
 def test_every_mode_learns_and_leaves_its_files(runs: dict[str, Path], model_folder: Path, mode: str) -> None:
     folder = runs[mode]
     assert set(files(folder)) == {
-        "config.json", "metrics.jsonl", "tuned.safetensors", "last.safetensors", "result.json", "lock",
+        "config.json", "metrics.jsonl", "tuned.safetensors", "last.safetensors", "result.json", "test_rows.jsonl",
+        "lock",
     }
     losses, result = step_losses(folder), json_of(folder / "result.json")
     assert len(losses) == 40 and sum(losses[-8:]) < sum(losses[:8]) - 8 * 0.1
@@ -294,7 +298,8 @@ def test_epochs_count_whole_passes(common: list[str], tmp_path: Path, model_fold
     epochs = [[next(steps) for _ in range(3)] for _ in range(3)]
     for epoch in epochs:
         assert [len(step) for step in epoch] == [2, 2, 1]
-        assert sorted(id(row) for step in epoch for batch in step for row in batch) == sorted(map(id, rows))
+        found = [row.pair.where for step in epoch for batch in step for row in batch]
+        assert sorted(found) == sorted(row.pair.where for row in rows)
     assert epochs[0] != epochs[1]
     resumed = iterate_steps(rows, options, 4)
     assert [next(resumed) for _ in range(5)] == epochs[1][1:] + epochs[2]
@@ -461,7 +466,7 @@ def test_the_start_is_scored_and_kept_when_nothing_beats_it(
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
     assert "lora did not beat its start" in out
 
-    sentences = [finding.sentence for finding in compare.findings([second])]
+    sentences = [finding.sentence for finding in troubles(Run("lora", second), Group([], {}))]
     assert any("lora did not beat its start" in sentence for sentence in sentences)
 
     # the base is a start too; here it is one that knows the pairs already

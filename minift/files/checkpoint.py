@@ -9,7 +9,7 @@ two files so that damage to one does not lose the other.
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from minift import modes
+from minift.data.row_store import Examples
 from minift.distributed import broadcast, copy_from_rank0, full_tensor, is_main
-from minift.errors import UserError
+from minift.errors import TrainingFailed, UserError
 from minift.files import peft, safetensors
 from minift.model.gpt import GPT, GPTConfig
-from minift.model.packing import Row
 from minift.options import from_json
 
 FORMAT = 1
 TUNED, LAST = "tuned.safetensors", "last.safetensors"
 # options that may change when a run resumes: no result depends on them
-IGNORED_ON_RESUME = ("mode", "model", "out", "overwrite", "resume", "device", "shard", "general")
+IGNORED_ON_RESUME = ("mode", "model", "out", "overwrite", "resume", "device", "shard", "general", "seeds")
 # options of earlier versions, with the value at which nothing is missing today
 REMOVED_OPTIONS = {"on_nan": "stop", "max_skips": 10}
 
@@ -49,6 +49,14 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0  # in training steps: without validation and saving
     early_stopped: bool = False
+    peak_memory_bytes: int = 0  # highest up to the last validation; 0 if the platform does not report it
+
+    def add_step(self, loss: float, tokens: int, seconds: float) -> None:
+        self.step += 1
+        self.window_loss += loss
+        self.window_steps += 1
+        self.tokens += tokens
+        self.seconds += seconds
 
 
 @dataclass(frozen=True)
@@ -70,17 +78,11 @@ def base_metadata(fingerprint: str, mode: str, mode_options: Any, base_name: str
             "fingerprint": fingerprint}
 
 
-def training_metadata(options: Any, rows: dict[str, Sequence[Row]], ignored: Collection[str] = ()) -> dict[str, str]:
+def training_metadata(options: Any, rows: dict[str, Examples], ignored: Collection[str] = ()) -> dict[str, str]:
     """The training options and a hash of the rows: a run resumes bit for bit with the same alone. `ignored`: options
     that were changed when the run was resumed, which its older files have otherwise."""
     chosen = {name: value for name, value in asdict(options).items() if name not in (*IGNORED_ON_RESUME, *ignored)}
-    digest = hashlib.sha256()
-    for split in ("train", "val"):
-        for row in rows[split]:
-            one_span_to_the_end = len(row.spans) == 1 and row.spans[0][1] == len(row.ids)
-            learned = row.spans[0][0] if one_span_to_the_end else row.spans
-            digest.update(f"{split} {learned} {row.ids};".encode())
-    return {"training": json.dumps(chosen), "rows": digest.hexdigest()}
+    return {"training": json.dumps(chosen), "rows": rows["train"].store.digest}
 
 
 def run_metadata(base_part: dict[str, str], training_part: dict[str, str]) -> dict[str, str]:
@@ -274,17 +276,18 @@ def tuned_bytes(folder: Path) -> int:
 
 def save_last(folder: Path, model: GPT, metadata: dict[str, str], optimizer: torch.optim.Optimizer,
               progress: Progress) -> None:
-    """Save all that a bit-exact resume needs. Raises UserError if a parameter is not finite."""
+    """Save all that a bit-exact resume needs. Raises TrainingFailed if a parameter is not finite."""
     tensors = {}
     for name, parameter in modes.tuned_parameters(model).items():
         tensors[f"tuned.{name}"] = parameter
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
     tensors = gather(tensors)
-    for name, tensor in tensors.items():
-        if name.startswith("tuned.") and not tensor.isfinite().all():
-            raise UserError(f"step {progress.step}: {name.removeprefix('tuned.')} is no longer finite; "
-                            f"{folder / LAST} is kept as it was before: lower --lr")
+    tuned = {name.removeprefix("tuned."): t for name, t in tensors.items() if name.startswith("tuned.")}
+    # broadcast: rank 0 alone has the tensors, and all ranks must end the training together
+    if bad := broadcast(lambda: [name for name, tensor in tuned.items() if not tensor.isfinite().all()]):
+        raise TrainingFailed(f"step {progress.step}: {bad[0]} is no longer finite; {folder / LAST} is kept as it was "
+                             "before: lower --lr")
     write(folder / LAST, tensors, metadata | {"progress": json.dumps(asdict(progress))})
 
 

@@ -11,17 +11,20 @@ from minift.run import config as configuration
 from minift.run.config import Config
 
 
-def extend(configs: list[Config], folders: list[Path], steps: int) -> None:
+def extend(runs: list[tuple[Config, Path]], steps: int) -> None:
     """Save the new options of every run, and remove the results of the shorter runs. `steps` is the new number of
-    steps. Raises UserError, before anything changes, if a run has done more steps already."""
-    for folder in folders:
+    steps. Raises UserError, before anything changes, if a run has done more steps already, or is still searched for."""
+    for config, folder in runs:
         if not checkpoint.has_saved(folder):
+            if config.search:
+                raise UserError(f"{folder} has trials to do: train.py --resume {config.root} without new options ends "
+                                "the search, and what it chooses can then be continued")
             continue  # a run of a comparison that did not begin yet
         done = checkpoint.saved_progress(folder).step
         if steps < done:
             raise UserError(f"{folder} has done {done} steps already, and would end after {steps} with these options: "
                             "give a larger --epochs or --steps")
-    for config, folder in zip(configs, folders, strict=True):
+    for config, folder in runs:
         if is_main():
             # first: a run of a comparison that has a result.json is not run again
             (folder / "result.json").unlink(missing_ok=True)
@@ -36,14 +39,9 @@ def undo_early_stop(progress: Progress, patience: int) -> None:
     progress.early_stopped = False
 
 
-def resumable(config: Config, folder: Path) -> Path:
-    """The folder for --resume: a comparison resumes as one."""
-    return folder if config.train.mode == config.mode else folder.parent
-
-
-def how_to_extend(config: Config, folder: Path) -> str:
+def how_to_extend(config: Config) -> str:
     """The line for a run that has ended and is resumed without new options."""
     options = config.train
     length = f"--epochs above {options.epochs:g}" if options.steps is None else f"--steps above {options.steps}"
-    return (f"{config.mode}: this run has ended: train.py --resume {folder} continues it with {length}, or, if it "
+    return (f"{config.mode}: this run has ended: train.py --resume {config.root} continues it with {length}, or, if it "
             f"stopped early, with --patience above {options.patience}")
