@@ -1,15 +1,18 @@
 """python -m minift.bench, on shapes so small that only its form can be tested."""
 
 import json
+import os
+import subprocess
 from typing import Any
 
 import pytest
 import torch
 from scripts import run
 
-from minift.bench import ceilings, layers
+from minift.bench import busy, ceilings, layers
 from minift.bench import train as bench_train
 from minift.bench.__main__ import main
+from minift.data import row_cache
 from minift.files.hub import PRESETS, Preset
 from minift.model.gpt import GPTConfig
 from minift.modes import MODES
@@ -86,6 +89,34 @@ def test_train(tiny: None, ragged: bool) -> None:
         assert f"| {row['mode']}" in out and row["tokens_per_second"] > 0 and 0 < row["share"]
 
 
+@pytest.mark.parametrize("name", ["train", "decode"])
+def test_beside_a_busy_program(tiny: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(busy, "SETTLE_SECONDS", 0)
+    small = {"train": ["--batch", "2", "--tokens", "20", "--targets", "5", "--steps", "1"],
+             "decode": ["--batch", "2", "--prompt-tokens", "10", "--new-tokens", "4", "--repeats", "1"]}
+    out, result = result_of(name, "--size", "distilgpt2", "--mode", "lora", "--busy", *small[name])
+    [row] = result["rows"]
+    assert len(row["quiet_rates"]) == len(row["busy_rates"]) == busy.ROUNDS
+    quiet = sum(row["quiet_rates"]) / 2  # the median of two
+    assert row["busy_share"] == pytest.approx(row["busy_tokens_per_second"] / quiet)
+    assert "busy tokens/s | of quiet |" in out
+
+
+def test_the_busy_program_has_a_session_of_its_own_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def popen(*arguments: Any, **settings: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess_popen(*arguments, **settings))
+        return started[0]
+
+    subprocess_popen = subprocess.Popen
+    monkeypatch.setattr(busy.subprocess, "Popen", popen)
+    with pytest.raises(KeyError), busy.busy_program():
+        assert started[0].poll() is None and os.getsid(started[0].pid) == started[0].pid != os.getsid(0)
+        raise KeyError
+    assert started[0].poll() is not None
+
+
 def test_ragged_rows_have_the_mean_length(tiny: None) -> None:
     options = bench_train.TrainBenchOptions("distilgpt2", batch=300, tokens=30, targets=5, ragged=True,
                                             steps=1)
@@ -107,6 +138,16 @@ def test_decode(tiny: None) -> None:
         assert row["new_tokens_per_second"] == pytest.approx(3 * 4 / row["total_ms"] * 1e3)
 
 
+def test_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_cache, "LEAST_BYTES", 50_000)
+    ended = run(main, "data", "--rows", "20,100")
+    assert ended.code == 0, ended.err
+    small, large = json.loads(ended.out.splitlines()[-1])["results"]
+    assert (small["rows"], large["rows"]) == (20, 100) and small["train_tokens"] < large["train_tokens"]
+    assert small["cached_seconds"] is None and large["cached_seconds"] > 0
+    assert large["peak_memory_bytes"] > 2**20
+
+
 WRONG = [
     (["kernels", "--shapes", "32"], "32"),
     (["kernels", "--shapes", "32x32/qv"], "32x32/qv"),
@@ -120,8 +161,9 @@ WRONG = [
     (["train", "--tokens", "1025"], "1024 positions"),
     (["decode", "--new-tokens", "1"], "--new-tokens 1"),
     (["decode", "--size", "gpt5"], "gpt5"),
-    ([], "train | decode | kernels"),
-    (["speed"], "train | decode | kernels"),
+    (["data", "--rows", "10,many"], "--rows '10,many'"),
+    ([], "train | decode | kernels | data"),
+    (["speed"], "train | decode | kernels | data"),
 ]
 
 

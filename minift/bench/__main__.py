@@ -1,19 +1,26 @@
-"""Benchmarks: python -m minift.bench train | decode | kernels
+"""Benchmarks: python -m minift.bench train | decode | kernels | data | peer | plan
 
     train      tokens/s, step time, peak memory and arithmetic rate of each mode, with random weights
     decode     tokens/s of generation, with random weights
     kernels    the low-rank update of one layer, in every implementation that can run here
+    data       seconds and memory from a file to rows of tokens, up to a million rows
+    peer       train.py beside transformers and PEFT, on the same rows
+    plan       the predicted and the measured peak memory of each mode
 
 Each prints a table, and one JSON object on the last line. --help after the name lists the options.
 """
 
+from minift.bench.data import bench_data
 from minift.bench.decode import bench_decode
 from minift.bench.kernels import bench_kernels
+from minift.bench.peer import bench_peer
+from minift.bench.plan import bench_plan
 from minift.bench.train import bench_train
 from minift.device import configure_process
 from minift.errors import UserError, run_script
 
-BENCHMARKS = {"train": bench_train, "decode": bench_decode, "kernels": bench_kernels}
+BENCHMARKS = {"train": bench_train, "decode": bench_decode, "kernels": bench_kernels, "data": bench_data,
+              "peer": bench_peer, "plan": bench_plan}
 
 
 def main(arguments: list[str]) -> None:
