@@ -6,8 +6,8 @@ from pathlib import Path
 from scripts import ROOT
 
 ORDER = [  # a module imports from its own line and those above it
-    ("errors", "options"),
-    ("distributed", "device"),
+    ("minift", "errors", "options", "quick_help"),
+    ("distributed", "openmp", "device"),
     ("ops",),
     ("model",),
     ("modes",),
@@ -15,7 +15,7 @@ ORDER = [  # a module imports from its own line and those above it
     ("files",),
     ("run",),
     ("report",),
-    ("training",),
+    ("training", "trials"),
     ("plan", "bench"),
     ("train", "eval"),
 ]

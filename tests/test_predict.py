@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_files import EOS, byte_tokenizer, jsonl, write
+from data_files import EOS, byte_tokenizer, encode, jsonl, read_file, write
 from scripts import QUICK, Ended, command, evaluate, process, trained, write_pairs
 
 from minift.data import dataset
 from minift.data.dataset import DataOptions
-from minift.data.pairs import Prompt, read_file
-from minift.data.tokens import encode
+from minift.data.pairs import Prompt
 from minift.files.weights import Base
 from minift.model.gpt import GPT
 from minift.report import predict

@@ -17,8 +17,8 @@ def commands() -> list[list[str]]:
     """Every command line of train.py and eval.py, in order; test_distributed.py has torchrun's, test_bench.py
     and test_train.py the benchmarks'."""
     lines = re.findall(r"^    python (.*)$|`python ((?:train|eval)\.py .*?)`", README, re.M)
-    found = [shlex.split(a or b, comments=True) for a, b in lines]
-    return [words for words in found if words[0] in ("train.py", "eval.py")]
+    found = dict.fromkeys(tuple(shlex.split(a or b, comments=True)) for a, b in lines)  # each once
+    return [list(words) for words in found if words[0] in ("train.py", "eval.py")]
 
 
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +29,7 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "my.jsonl").write_bytes((pairs / "train.jsonl").read_bytes())
     (tmp_path / "short.txt").write_text((TINY / "general.txt").read_text()[:2000])
     (tmp_path / "new.jsonl").write_text('{"dialogue": "Anna: Hi, Ben"}\n')
+    (tmp_path / "pairs.csv").write_text("more,less\nHe is a nurse.,She is a nurse.\nShe is late.,He is late.\n")
     assert len(commands()) >= 18
     for script, *words in commands():
         smaller = {"gpt2": str(TINY), "gpt2-xl": "distilgpt2"}  # the plan of GPT-2 XL takes a minute
