@@ -9,6 +9,7 @@ from minift.report.bootstrap import Estimate, Interval, Variance
 from minift.report.runs import Run
 from minift.report.test_rows import RowScores
 
+SHARES = ("rougeL", "exact_match", "unsupported")  # measures from 0 to 1
 SAME_BASE = 0.01  # of the base's losses; rounding in another dtype or batch changes less, another base more
 
 
@@ -82,6 +83,8 @@ def add_intervals(group: Group) -> None:
     """Add NAME_interval and base_NAME_interval, [low, high], to the results, where they are known."""
     for (name, measure), estimate in group.estimates.items():
         found = bootstrap.interval(estimate)
+        if found is not None and measure in SHARES:
+            found = (max(0.0, found[0]), min(1.0, found[1]))  # that of several seeds is symmetric
         for run in group.runs:
             if name in (run.name, None) and found is not None:
                 prefix = "base_" if name is None else ""
