@@ -6,6 +6,7 @@ the thread that it waits for, and a step takes several times as long. So a threa
 the cores that other programs take with those that are free. The numbers of a run do not depend on how threads wait.
 """
 
+import atexit
 import contextlib
 import functools
 import os
@@ -19,6 +20,7 @@ import torch
 CPU_TIMES = Path("/proc/stat")  # of Linux
 CROWDED = 0.25  # cores that are missing; below, sleeping and waking up costs more than it saves
 BUSY_SECONDS, QUIET_SECONDS = 0.5, 1.0  # how long to measure before threads sleep, and before they spin again
+ended = threading.Event()  # the process ends
 PARALLEL_NUMEL = 2**15  # torch gives an elementwise operation one thread for each so many numbers
 
 
@@ -50,22 +52,28 @@ def adapt_waiting() -> threading.Thread | None:
         return None
     thread = threading.Thread(target=watch, args=(torch.get_num_threads(), os.sched_getaffinity(0)), daemon=True)
     thread.start()
+    atexit.register(end, thread)  # a thread that Python stops inside OpenMP would end the process with an error
     return thread
 
 
+def end(thread: threading.Thread) -> None:
+    ended.set()
+    thread.join()
+
+
 def watch(threads: int, cpus: set[int]) -> None:
-    while True:
-        while measure_missing(BUSY_SECONDS, threads, cpus) <= CROWDED:
-            pass
+    while not ended.is_set():
+        if measure_missing(BUSY_SECONDS, threads, cpus) <= CROWDED:
+            continue
         with sleeping_waits(threads, len(cpus)):
-            while measure_missing(QUIET_SECONDS, threads, cpus) > CROWDED:
+            while not ended.is_set() and measure_missing(QUIET_SECONDS, threads, cpus) > CROWDED:
                 pass
 
 
 def measure_missing(seconds: float, threads: int, cpus: set[int]) -> float:
     """missing_cores over the next `seconds`."""
     start, busy, own = time.perf_counter(), busy_seconds(CPU_TIMES.read_text(), cpus), time.process_time()
-    time.sleep(seconds)
+    ended.wait(seconds)
     busy, own = busy_seconds(CPU_TIMES.read_text(), cpus) - busy, time.process_time() - own
     return missing_cores((busy - own) / (time.perf_counter() - start), threads, len(cpus))
 
