@@ -9,20 +9,22 @@ import os
 import random
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
+from minift.bench.command import print_facts, read_options
+from minift.bench.samples import embedded_pairs
 from minift.data.dataset import DataOptions, load_examples
 from minift.data.row_cache import is_large
-from minift.device import choose_device, machine_name, peak_memory, reset_peak_memory
+from minift.device import choose_device, peak_memory, reset_peak_memory
 from minift.errors import UserError
 from minift.files import weights
 from minift.files.weights import Base
-from minift.options import Parser, add_options, option, parse_int, resolve
+from minift.options import option, parse_int
 from minift.report.table import format_bytes, table_head, table_row
 from minift.run.config import TINY
 
@@ -47,16 +49,13 @@ class BenchDataOptions:
 
 
 def bench_data(arguments: list[str]) -> None:
-    parser = Parser(prog="python -m minift.bench data", description=__doc__)
-    add_options(parser, "options", BenchDataOptions)
-    options, _ = resolve(BenchDataOptions, parser.parse_args(arguments), {})
+    options = read_options("data", __doc__, BenchDataOptions, arguments)
     try:
         counts = [parse_int(count) for count in options.rows.split(",")]
     except ValueError:
         raise UserError(f"--rows {options.rows!r:.40}: must be numbers with commas between them") from None
     base = weights.load_on_meta(options.model or str(TINY))
-    facts = {"machine": machine_name(torch.device("cpu")), "torch": torch.__version__, **asdict(options)}
-    print(", ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
+    facts = print_facts(options, torch.device("cpu"))
     print(table_head(COLUMNS, WIDTHS))
     results = []
     # its own cache, so that the user's stays as it is
@@ -70,8 +69,7 @@ def bench_data(arguments: list[str]) -> None:
 
 
 def write_rows(path: Path, count: int, seed: int) -> None:
-    with open(TINY / "pairs" / "train.jsonl", encoding="utf-8") as file:
-        pairs = [json.loads(line) for line in file]
+    pairs = embedded_pairs()
     generator = random.Random(seed)
     with open(path, "w", encoding="utf-8") as file:
         for number in range(count):

@@ -7,20 +7,21 @@ mostly the pass over the prompts, is measured by itself. The last line is one JS
 import json
 import random
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from minift import modes
 from minift.bench.busy import BUSY_COLUMNS, BUSY_WIDTHS, compare_busy
+from minift.bench.command import print_facts, read_options
 from minift.bench.train import random_model
 from minift.device import (
     DEVICES,
     DTYPES,
     choose_device,
     choose_dtype,
-    machine_name,
+    dtype_name,
     peak_memory,
     reset_peak_memory,
 )
@@ -28,7 +29,7 @@ from minift.errors import UserError
 from minift.files.hub import PRESETS
 from minift.model.generate import generate
 from minift.modes import MODES
-from minift.options import Parser, add_options, option, resolve
+from minift.options import option
 from minift.report.latency import time_request
 from minift.report.table import format_bytes, table_head, table_row
 
@@ -60,15 +61,11 @@ class DecodeOptions:
 
 
 def bench_decode(arguments: list[str]) -> None:
-    parser = Parser(prog="python -m minift.bench decode", description=__doc__)
-    add_options(parser, "options", DecodeOptions)
-    options, _ = resolve(DecodeOptions, parser.parse_args(arguments), {})
+    options = read_options("decode", __doc__, DecodeOptions, arguments)
     names = modes.parse_modes(options.mode)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    facts = {"machine": machine_name(device), "torch": torch.__version__, **asdict(options),
-             "dtype": str(dtype).removeprefix("torch.")}
-    print(", ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
+    facts = print_facts(options, device, dtype=dtype_name(dtype))
     columns = COLUMNS | BUSY_COLUMNS if options.busy else COLUMNS
     widths = WIDTHS + BUSY_WIDTHS if options.busy else WIDTHS
     print(table_head(columns, widths))

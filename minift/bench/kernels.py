@@ -23,7 +23,7 @@ import torch
 
 from minift.bench import ceilings
 from minift.bench.layers import NAMES, Case, Layer, find_rows, make_ring, step_of
-from minift.device import DEVICES, DTYPES, choose_device, choose_dtype, machine_name, time_call
+from minift.device import DEVICES, DTYPES, choose_device, choose_dtype, dtype_name, machine_name, time_call
 from minift.errors import UserError
 from minift.options import Parser, add_options, option, resolve
 from minift.report.table import table_head, table_row
@@ -100,7 +100,7 @@ def bench_kernels(arguments: list[str]) -> None:
 def measure_machine(options: KernelOptions, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """The machine, the options and the ceilings, for the JSON object."""
     return {"machine": machine_name(device), "torch": torch.__version__, **asdict(options),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "flops_per_second": ceilings.matmul_rate(dtype, device),
             "bytes_per_second": ceilings.copy_rate(device),
             "ring_bytes": 2 * ceilings.cache_bytes(device)}

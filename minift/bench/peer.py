@@ -12,20 +12,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minift import modes
+from minift.bench.command import print_facts, read_options
 from minift.bench.samples import write_base, write_rows
 from minift.data.dataset import load_examples
-from minift.device import machine_name
 from minift.errors import UserError
 from minift.files import weights
+from minift.files.atomic import read_json
 from minift.files.hub import PRESETS
-from minift.options import Parser, add_options, option, resolve
+from minift.options import option
 from minift.report.table import format_bytes, table_head, table_row
 from minift.run import config as configuration
 from minift.run.folder import read_metrics
@@ -70,9 +71,7 @@ class PeerOptions:
 
 
 def bench_peer(arguments: list[str]) -> None:
-    parser = Parser(prog="python -m minift.bench peer", description=__doc__)
-    add_options(parser, "options", PeerOptions)
-    options, _ = resolve(PeerOptions, parser.parse_args(arguments), {})
+    options = read_options("peer", __doc__, PeerOptions, arguments)
     chosen, dtypes = modes.parse_modes(options.mode), options.dtype.split(",")
     if others := set(chosen) - MODE_FLAGS.keys():
         raise UserError(f"--mode {options.mode}: PEFT trains no GPT-2 in mode {', '.join(sorted(others))}; it has "
@@ -80,11 +79,10 @@ def bench_peer(arguments: list[str]) -> None:
     if others := set(dtypes) - {"fp32", "bf16"}:
         raise UserError(f"--dtype {options.dtype}: must be fp32, bf16 or fp32,bf16")
     has_stack = all(importlib.util.find_spec(package) for package in ("transformers", "peft"))
-    facts = {"machine": machine_name(torch.device("cpu")), "torch": torch.__version__, **asdict(options)}
-    print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
+    facts = print_facts(options, torch.device("cpu"))
     if not has_stack:
-        print("transformers and peft are not installed: train.py alone is measured")
-    print("\n" + table_head(COLUMNS, WIDTHS))
+        print("transformers and peft are not installed: train.py alone is measured\n")
+    print(table_head(COLUMNS, WIDTHS))
     results = []
     with tempfile.TemporaryDirectory() as folder:
         if options.model is None:
@@ -155,7 +153,7 @@ def run_minift(flags: list[str], out: Path) -> dict[str, Any]:
     """train.py in a process of its own: the seconds and the loss of each step, and the peak memory."""
     run_python([str(TRAIN), *flags, "--out", str(out), "--overwrite"])
     steps = [line for line in read_metrics(out) if "loss" in line]
-    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    result = read_json(out / "result.json", dict)
     return {"seconds": [line["seconds"] for line in steps], "losses": [line["loss"] for line in steps],
             "peak_memory_bytes": result["peak_memory_bytes"]}
 

@@ -6,20 +6,21 @@ weights on embedded dialogues of the lengths of SAMSum or of DialogSum; or --mod
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minift import modes
+from minift.bench.command import print_facts, read_options
 from minift.bench.peer import TRAIN, run_python
 from minift.bench.samples import write_base, write_rows
-from minift.device import machine_name
 from minift.errors import UserError
+from minift.files.atomic import read_json
 from minift.files.hub import PRESETS
 from minift.modes import MODES
-from minift.options import Parser, add_options, option, resolve
+from minift.options import option
 from minift.report.table import format_bytes, table_head, table_row
 
 PROMPT_TOKENS = {"samsum": 145, "dialogsum": 220}  # the mean of a prompt
@@ -47,13 +48,10 @@ class PlanBenchOptions:
 
 
 def bench_plan(arguments: list[str]) -> None:
-    parser = Parser(prog="python -m minift.bench plan", description=__doc__)
-    add_options(parser, "options", PlanBenchOptions)
-    options, _ = resolve(PlanBenchOptions, parser.parse_args(arguments), {})
+    options = read_options("plan", __doc__, PlanBenchOptions, arguments)
     if (options.model is None) != (options.data is None):
         raise UserError("--model and --data belong together: give both, or none")
-    facts = {"machine": machine_name(torch.device("cpu")), "torch": torch.__version__, **asdict(options)}
-    print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None) + "\n")
+    facts = print_facts(options, torch.device("cpu"))
     print(table_head(COLUMNS, WIDTHS))
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -84,6 +82,6 @@ def measure(flags: list[str], options: PlanBenchOptions, out: Path) -> dict[str,
     """Both peaks of one run in bytes, and the measured one over the predicted one, minus 1."""
     run_python([str(TRAIN), *flags, "--device", "cpu", "--batch", str(options.batch), "--steps", str(options.steps),
                 "--val-rows", "20", "--test-rows", "1", "--max-new-tokens", "1", "--out", str(out), "--overwrite"])
-    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    result = read_json(out / "result.json", dict)
     predicted, measured = result["predicted_peak_bytes"], result["peak_memory_bytes"]
     return {"predicted": predicted, "measured": measured, "difference": measured / predicted - 1}

@@ -8,6 +8,7 @@ import torch
 
 from minift.bench.train import random_model
 from minift.files import weights
+from minift.files.atomic import read_json_lines
 from minift.files.weights import Base
 from minift.run.config import TINY
 
@@ -22,13 +23,17 @@ def write_base(folder: Path, size: str) -> None:
     weights.save_folder(base, model, folder)
 
 
+def embedded_pairs() -> list[dict[str, str]]:
+    """The embedded training rows, with `dialogue` and `summary`."""
+    return read_json_lines(TINY / "pairs" / "train.jsonl")
+
+
 def write_rows(path: Path, count: int, mean_tokens: int, seed: int = 0) -> None:
     """A file of prompts and completions: embedded dialogues, one after another until a prompt has its length. Lengths
     are log-normal; a mean of 145 tokens and a median completion of 20 are like SAMSum with GPT-2's tokenizer."""
     rng = random.Random(seed)
     tokenizer = weights.load_on_meta(str(TINY)).tokenizer
-    with open(TINY / "pairs" / "train.jsonl", encoding="utf-8") as file:
-        pairs = [json.loads(line) for line in file]
+    pairs = embedded_pairs()
     lines = [line for pair in pairs for line in pair["dialogue"].split("\n")]
     lengths = [len(encoding.ids) + 1 for encoding in tokenizer.encode_batch(lines)]  # 1: the line end
     with open(path, "w", encoding="utf-8") as file:

@@ -7,7 +7,7 @@ largest matrix product, measured in the same run. The last line is one JSON obje
 import json
 import random
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ import torch
 from minift import modes
 from minift.bench.busy import BUSY_COLUMNS, BUSY_WIDTHS, compare_busy
 from minift.bench.ceilings import linear_rate
+from minift.bench.command import print_facts, read_options
 from minift.device import (
     DEVICES,
     DTYPES,
     choose_device,
     choose_dtype,
-    machine_name,
+    dtype_name,
     peak_memory,
     reset_peak_memory,
     time_call,
@@ -31,7 +32,7 @@ from minift.model.gpt import GPT
 from minift.model.packing import Row
 from minift.modes import MODES
 from minift.ops.kernel_choice import KERNELS, check_kernel
-from minift.options import Parser, add_options, flag, option, resolve
+from minift.options import flag, option
 from minift.plan import MemoryMeter
 from minift.report.table import format_bytes, table_head, table_row
 from minift.run.config import TrainOptions
@@ -73,17 +74,13 @@ class TrainBenchOptions:
 
 
 def bench_train(arguments: list[str]) -> None:
-    parser = Parser(prog="python -m minift.bench train", description=__doc__)
-    add_options(parser, "options", TrainBenchOptions)
-    options, _ = resolve(TrainBenchOptions, parser.parse_args(arguments), {})
+    options = read_options("train", __doc__, TrainBenchOptions, arguments)
     names = modes.parse_modes(options.mode)
     check(options, names)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     check_kernel(options.kernel or "auto", device)
-    facts = {"machine": machine_name(device), "torch": torch.__version__, **asdict(options),
-             "dtype": str(dtype).removeprefix("torch.")}
-    print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None) + "\n")
+    facts = print_facts(options, device, dtype=dtype_name(dtype))
     columns = COLUMNS | BUSY_COLUMNS if options.busy else COLUMNS
     widths = WIDTHS + BUSY_WIDTHS if options.busy else WIDTHS
     print(table_head(columns, widths))
