@@ -40,6 +40,7 @@ from minift.device import (
     choose_device,
     choose_dtype,
     configure_process,
+    dtype_name,
     reset_peak_memory,
     resident_memory,
 )
@@ -150,7 +151,7 @@ def main(arguments: list[str]) -> None:
 def load_base(options: TrainOptions) -> Base:
     base = weights.with_eos(weights.load(options.model), options.eos)
     device = choose_device(options.device)
-    dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
+    dtype = dtype_name(choose_dtype(options.dtype, device))
     print(f"base {base.folder}: {count(base.model):,} parameters, on {device} in {dtype}")
     for note in base.notes:
         print(f"  {note}")

@@ -92,6 +92,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16 for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Begin a new measurement of the peak. macOS and Windows cannot reset the peak of a process: there it is the
     highest since the process began."""

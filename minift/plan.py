@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from minift import modes
 from minift.data.dataset import load_examples
-from minift.device import choose_device, choose_dtype, process_bytes, resident_memory
+from minift.device import choose_device, choose_dtype, dtype_name, process_bytes, resident_memory
 from minift.distributed import local_rows
 from minift.files import weights
 from minift.model.gpt import GPT, GPTConfig
@@ -227,7 +227,7 @@ def report(configs: list[Config]) -> str:
     resident = resident_memory(device)
     for result in results:
         result["predicted_peak_bytes"] += resident
-    dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
+    dtype = dtype_name(choose_dtype(options.dtype, device))
     parameters = sum(p.numel() for p in base.model.parameters())
     batch_tokens = sum(len(row.ids) for row in batch)
     batch_targets = sum(row.num_targets for row in batch)

@@ -22,8 +22,8 @@ from minift.files.checkpoint import LAST, TUNED, Progress
 from minift.report.table import table
 from minift.run import config as configuration
 from minift.run.config import AUTO, Config
+from minift.run.folder import TRIALS, read_trials
 
-TRIALS = "trials.jsonl"
 FURTHER = 4  # the most rates that --lr auto tries beside the first three
 NICE = (1, 2, 3, 5, 7, 10)  # the digits of a rate of --lr auto
 # the scores of which --seeds gives mean and standard deviation
@@ -186,21 +186,6 @@ def remove_tensors(folder: Path) -> None:
     if is_main():
         for name in (TUNED, LAST):
             (folder / name).unlink(missing_ok=True)
-
-
-def read_trials(folder: Path) -> list[dict[str, Any]]:
-    """The lines of trials.jsonl; none without that file. Raises UserError if it is damaged."""
-    path = folder / TRIALS
-    if not path.exists():
-        return []
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if any(not {"options", "val_loss", "chosen"} <= line.keys() for line in lines):
-            raise ValueError("a name is missing")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): remove it to repeat the "
-                        "trials") from None
-    return lines
 
 
 def trials_table(lines: list[dict[str, Any]]) -> str:

@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from minift.device import dtype_name
 from minift.errors import UserError
 
 KERNELS = ("auto", "triton", "torch")
@@ -56,7 +57,7 @@ def triton_wins(x: Tensor, weight: Tensor, B: Tensor, parts: int, dropout: float
     (N, K), B (parts * n, r)."""
     if not TRITON_WINS or not x.is_cuda or why_no_triton(x.device):
         return False
-    gpu, dtype = device_name(x.device), str(x.dtype).removeprefix("torch.")
+    gpu, dtype = device_name(x.device), dtype_name(x.dtype)
     N, K = weight.shape
     n, rank = len(B) // parts, B.shape[1]
     least_tokens = TRITON_WINS.get((gpu, dtype, K, N, parts, n, rank, dropout > 0))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from minift.data.tokens import Example
-from minift.device import machine_name, time_call
+from minift.device import dtype_name, machine_name, time_call
 from minift.errors import UserError
 from minift.model.generate import generate
 from minift.model.gpt import GPT
@@ -117,7 +117,7 @@ def measure(base: GPT, tuned: GPT, mode: str, examples: Sequence[Example], new_t
         for name in models:
             result[name][str(batch)] = figures[name]
     lengths = {str(batch): statistics.mean(map(len, prompts)) for batch, prompts in requests.items()}
-    dtype = str(base.compute_dtype).removeprefix("torch.")
+    dtype = dtype_name(base.compute_dtype)
     result["settings"] = {"rounds": ROUNDS, "interval": INTERVAL, "new_tokens": new_tokens, "prompt_tokens": lengths,
                           "machine": machine_name(base.device), "dtype": dtype}
     ratios = {name: median_and_interval(result[name]["1"], "ms_per_token_ratio") for name in models}

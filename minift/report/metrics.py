@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from minift.data.dataset import read_text
+from minift.data.dataset import read_text, row_lengths
 from minift.data.tokens import Example
 from minift.distributed import RANK, WORLD_SIZE, all_sum, local_rows, reshard
 from minift.errors import UserError
@@ -42,7 +43,8 @@ def measure_losses(model: GPT, rows: Sequence[Row], batch: int) -> dict[str, Any
     model.eval()  # no dropout
     loss = correct = count = 0
     row_losses = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # similar lengths in a batch need the least memory
+    # similar lengths in a batch need the least memory
+    order = np.argsort(row_lengths(rows), kind="stable")
     for start in range(0, len(order), batch):
         indices = order[start : start + batch]
         local = local_rows([rows[i] for i in indices])
@@ -129,7 +131,7 @@ def reference_length(example: Example, eos_id: int) -> int:
     return end - begin - (example.ids[end - 1] == eos_id)
 
 
-def choose_max_new_tokens(rows: dict[str, list[Example]], eos_id: int, room: int) -> tuple[int, str]:
+def choose_max_new_tokens(rows: dict[str, Sequence[Example]], eos_id: int, room: int) -> tuple[int, str]:
     """The default of --max-new-tokens, and its origin.
 
     It is enough for the longest completion of the validation rows (of the training rows if there are none) and its

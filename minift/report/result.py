@@ -45,7 +45,7 @@ def make_result(facts: dict[str, Any], scores: dict[str, Any], base_scores: dict
     for name in ("token_accuracy", "exact_match", "rouge1", "rouge2", "rougeL"):
         result[name] = scores[name]
     result |= {"base_test_loss": base_scores["loss"], "base_rougeL": base_scores["rougeL"], "forgetting": None}
-    result |= {"unsupported": scores.get("unsupported"), "base_unsupported": base_scores.get("unsupported")}
+    result |= {"unsupported": scores["unsupported"], "base_unsupported": base_scores["unsupported"]}
     if scores["general_loss"] is not None:
         result["forgetting"] = scores["general_loss"] - base_scores["general_loss"]
     for name in ("completions_at_limit", "prompts_shortened", "references_over_limit"):

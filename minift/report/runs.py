@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from minift.errors import UserError
-from minift.files.atomic import read_json, read_json_lines
+from minift.files.atomic import read_json
 from minift.report import test_rows
 from minift.report.test_rows import RowScores
+from minift.run.folder import read_trials
 
 # A result.json without these names cannot be compared; all others may be absent or None.
 NEEDED = {
@@ -43,8 +44,7 @@ def load_run(folder: Path, name: str, result: dict[str, Any]) -> Run:
     rows = [test_rows.read(seed_folder) for seed_folder in folders]
     if None in rows or not all(one.same_rows(rows[0]) for one in rows):
         rows = []
-    trials = folder / "trials.jsonl"
-    return Run(name, result, rows, read_json_lines(trials) if trials.is_file() else [])
+    return Run(name, result, rows, read_trials(folder))
 
 
 def load_result(folder: Path) -> dict[str, Any]:

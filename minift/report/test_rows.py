@@ -42,7 +42,7 @@ class RowScores:
 
 def write(folder: Path, scores: dict[str, Any], base_scores: dict[str, Any]) -> None:
     """Write test_rows.jsonl from the scores of the tuned model and of its base. Raises UserError."""
-    pairs = zip(scores.get("rows", ()), base_scores.get("rows", ()), strict=True)
+    pairs = zip(scores["rows"], base_scores["rows"], strict=True)
     lines = (json.dumps(row_line(tuned, base), ensure_ascii=False) + "\n" for tuned, base in pairs)
     write_atomically(folder / NAME, (line.encode("utf-8") for line in lines))
 

@@ -2,6 +2,7 @@
 
     config.json         every option with its value and its origin
     metrics.jsonl       one line for each step, and one for each validation
+    trials.jsonl        one line for each trial of a search
     result.json         the scores at the end
     lock                held while a process works in the folder
 
@@ -21,10 +22,10 @@ from typing import Any, TextIO
 
 from minift.distributed import broadcast, explain_lost_rank, is_main
 from minift.errors import UserError
-from minift.files.atomic import read_json, write_text
+from minift.files.atomic import read_json, read_json_lines, write_text
 from minift.files.checkpoint import TUNED, read
 
-COMPARE = "compare.json"
+COMPARE, TRIALS = "compare.json", "trials.jsonl"
 
 
 def is_run(folder: Path) -> bool:
@@ -165,6 +166,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}:{len(found) + 1} cannot be read ({type(error).__name__}: {error}): put an "
                         "empty file in its place to continue without the old lines") from None
     return found
+
+
+def read_trials(folder: Path) -> list[dict[str, Any]]:
+    """The lines of trials.jsonl; none without that file. Raises UserError if it is damaged."""
+    path = folder / TRIALS
+    if not path.exists():
+        return []
+    try:
+        lines = read_json_lines(path)
+        if any(not {"options", "val_loss", "chosen"} <= line.keys() for line in lines):
+            raise UserError("a name is missing")
+    except UserError as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it to repeat the trials") from None
+    return lines
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
