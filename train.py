@@ -11,9 +11,8 @@ A flag with [,...] also takes a comma list: each value is tried, of several list
 lowest validation loss is kept and scored.
 
 It reads from top to bottom: options, base and data, then for each mode the search, and for each seed plan, build,
-train and score, then the table.
-The loop never asks which mode it is in: a mode (minift/modes/) decides which modules are added and which parameters
-train. Only these go to the optimizer and into the saved file.
+train and score, then the table. The loop never asks which mode it is in: a mode (minift/modes/) decides which modules
+are added and which parameters train. Only these go to the optimizer and into the saved file.
 """
 
 from minift.quick_help import exit_with_help, train_parser
@@ -258,7 +257,7 @@ def repeat(config: Config, task: Task, folder: Path) -> dict[str, Any]:
 def tune(config: Config, task: Task, folder: Path) -> dict[str, Any]:
     """One run, from the untouched base to scores. Returns the content of its result.json."""
     options, base, rows, started = config.train, task.base, task.rows, time.perf_counter()
-    if config.part:
+    if config.part:  # a repetition has a folder of its own, and the peak memory of the first run
         configuration.save(folder, config)
     predicted_peak = None if config.part else predict_peak(config, task)
     reset_peak_memory(choose_device(options.device))
