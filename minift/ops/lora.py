@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minift import ops
 from minift.ops.dropout import drop, dropout_reference
-from minift.ops.kernel_choice import triton_wins
+from minift.ops.kernel_choice import choose
 from minift.ops.linear import linear_reference, matmul
 
 
@@ -59,8 +60,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
 
     x, weight and bias have the compute dtype. A and B may be in fp32, and their gradients are then in fp32.
     dropout: applied to the input of the update alone, as in loralib.
-    kernel: one of KERNELS. auto takes Triton where TRITON_WINS says so. triton must be able to run
-    (`check_kernel`), and computes in fp32, bf16 or fp16.
+    kernel: one of KERNELS. auto follows kernel_rule.json. Those that use Triton must be able to run (`check_kernel`),
+    and compute in fp32, bf16 or fp16.
     """
     flat_x = x.reshape(-1, x.shape[-1])  # (..., K) -> (M, K)
     # The seed comes from torch's generator on x's device, so the mask depends on torch.manual_seed. It is a tensor that
@@ -70,10 +71,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     if ops.plain:
         y = lora_linear_reference(flat_x, weight, bias, A, B, update)
     else:
-        use_triton = kernel == "triton"
-        if kernel == "auto":
-            use_triton = triton_wins(flat_x, weight, B, len(offsets), dropout)
-        y = LoRAFunction.apply(flat_x, weight, bias, A, B, update, use_triton)
+        kernel = choose(kernel, flat_x, B.shape[1], dropout)
+        y = LoRAFunction.apply(flat_x, weight, bias, A, B, update, kernel)
     return y.view(*x.shape[:-1], len(weight))  # (M, N) -> (..., N)
 
 
@@ -83,26 +82,27 @@ class LoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
-                update: Update, use_triton: bool) -> Tensor:
-        if use_triton:
-            from minift.ops import lora_triton
-            y, h = lora_triton.lora_forward(x, weight, bias, A, B, *update)
-        else:
+                update: Update, kernel: str) -> Tensor:
+        if kernel == "torch":
             y, h = forward(x, weight, bias, A, B, update)
+        else:
+            from minift.ops import lora_triton
+            y, h = lora_triton.lora_forward(x, weight, bias, A, B, *update, kernel)
         ctx.save_for_backward(x, weight, A, B, h)
-        ctx.update, ctx.use_triton = update, use_triton
+        ctx.update, ctx.kernel = update, kernel
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         # read saved_tensors once: under activation checkpointing, a second read is an error
         x, weight, A, B, h = ctx.saved_tensors
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
-        if ctx.use_triton:
-            from minift.ops import lora_triton
-            dx, dA, dB = lora_triton.lora_backward(dy, x, weight, A, B, h, *ctx.update, need_dx)
-        else:
+        if ctx.kernel == "torch":
             dx, dA, dB = backward(dy, x, weight, A, B, h, ctx.update, need_dx)
+        else:
+            from minift.ops import lora_triton
+            dx, dA, dB = lora_triton.lora_backward(dy, x, weight, A, B, h, *ctx.update, need_dx, ctx.kernel)
         dx = dx if need_dx else None  # Triton's operator returns an empty tensor
         dweight = dy.T @ x if need_dweight else None
         dbias = dy.sum(0) if need_dbias else None

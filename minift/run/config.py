@@ -79,8 +79,8 @@ class TrainOptions:
     device: str = option("auto", "where to compute", choices=DEVICES)
     shard: bool = option(False, "spread the model over torchrun's processes (FSDP2), if it is too large for one "
                                 "device")
-    kernel: str = option("auto", "how low-rank updates are computed; auto: Triton on a GPU where it was "
-                                 "measured to be faster, else PyTorch", choices=KERNELS)
+    kernel: str = option("auto", "how low-rank updates are computed; auto: by the rule that a benchmark wrote "
+                                 "for this kind of GPU, else torch", choices=KERNELS)
     ops: str = option("fast", "plain: compute every operation by its plain reference (slow, to read or to find a "
                               "bug)", choices=("fast", "plain"))
     seed: int = option(0, "seed of everything random: split, order, initial values, dropout", least=0)
