@@ -3,16 +3,18 @@
 import json
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from scripts import run
 
-from minift.bench import busy, ceilings, layers
+from minift.bench import busy, ceilings, kernels, layers
 from minift.bench import train as bench_train
 from minift.bench.__main__ import main
 from minift.data import row_cache
+from minift.files.atomic import read_json_lines
 from minift.files.hub import PRESETS, Preset
 from minift.model.gpt import GPTConfig
 from minift.modes import MODES
@@ -35,18 +37,28 @@ def result_of(*arguments: str) -> tuple[str, dict[str, Any]]:
     return ended.out, json.loads(ended.out.splitlines()[-1])
 
 
-def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings that take no time to measure, and a small cache."""
     monkeypatch.setattr(ceilings, "cache_bytes", lambda device: 2**20)
-    out, result = result_of("kernels", "--quick", "--shapes", "32x96,32x96/qv", "--tokens", "50",
-                            "--samples", "3")
-    rows = {(row["row"], row["dropout"]): row for row in result["rows"]}
-    assert {name for name, _ in rows} >= {"frozen", "eager", "function"} and len(result["not_measured"]) >= 2
+    monkeypatch.setattr(ceilings, "MATRIX_SIZES", {"cpu": (64, 128)})
+
+
+def test_kernels(small_machine: None, tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    out, result = result_of("kernels", "--quick", "--shapes", "32x96,32x96/qv", "--tokens", "50", "--samples", "3",
+                            "--parts", "--out", str(file), "--rows", "frozen,eager,torch,triton")
+    assert read_json_lines(file)[1:] == result["rows"]
+    rows = {(row["row"], row["dropout"]): row for row in result["rows"] if "row" in row}
+    assert {name for name, _ in rows} == {"frozen", "eager", "torch"} and result["not_measured"].keys() == {"triton"}
     for row in rows.values():
         assert row["ms_min"] <= row["ms"] <= row["ms_max"] and 0 < row["flop_share"] and 0 < row["byte_share"]
     for p in (0, 0.1):
-        assert rows["frozen", p]["over_frozen"] == rows["function", p]["over_function"] == 1
+        assert rows["frozen", p]["over_frozen"] == rows["torch", p]["over_torch"] == 1
     assert "Function + addmm, launch eager, 4 cases: its time is" in out and "Triton is not measured" in out
-    assert "4 cases, at least 0.0 minutes" in out and "32 x 96/qv, 50 tokens" in out
+    assert "4 cases, about 0.0 minutes" in out and "32 x 96/qv, 50 tokens" in out
+    products = [row for row in result["rows"] if "part" in row]
+    assert len(products) == 8 and all(row["over_floor"] == row["ms"] / row["floor_ms"] for row in products)
     M, K, N, r = 50, 32, 96, 8
     case = layers.Case(K, N, M, r, 0.0)
     assert case.work("frozen", 2) == (4 * M * K * N, 4 * (M * K + M * N + K * N))
@@ -69,11 +81,39 @@ def test_parts_of_a_fused_matrix(parts: str) -> None:
 def test_rows_of_a_whole_matrix_compute_the_same() -> None:
     case = layers.Case(8, 12, 20, 2, 0.0)
     ring = layers.make_ring(case, torch.float32, torch.device("cpu"), 0)
-    names, _ = layers.find_rows(True, torch.device("cpu"))
+    chosen = [row for row in layers.NAMES if row != "compile"]
+    names, _ = layers.find_rows(chosen, torch.device("cpu"))
     outputs = {name: layers.forward_of(name, case, ring)(ring[0])[0] for name in names}
     for name in set(names) - {"frozen"}:
         assert torch.allclose(outputs[name], outputs["eager"], atol=1e-5), name
     assert not torch.allclose(outputs["frozen"], outputs["eager"], atol=1e-2)
+
+
+def test_a_pass_has_all_forwards_before_the_backwards() -> None:
+    case = layers.Case(8, 12, 20, 2, 0.0)
+    ring, order = layers.make_ring(case, torch.float32, torch.device("cpu"), 10**4), []
+
+    def forward(layer: layers.Layer) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        number = next(i for i, other in enumerate(ring) if other is layer)
+        order.append(("forward", number))
+        y = layer["x"] @ layer["weight"].T
+        y.register_hook(lambda gradient: order.append(("backward", number)))
+        return y, [layer["x"]]
+
+    layers.training_pass(forward, ring)
+    numbers = list(range(len(ring)))
+    assert len(ring) > 2
+    assert order == [("forward", i) for i in numbers] + [("backward", i) for i in reversed(numbers)]
+
+
+def test_the_rule_takes_both_launches() -> None:
+    """A measurement of the rule needs the eager time and that of a graph, of this project's implementations."""
+    shape = {"K": 768, "N": 2304, "M": 8192, "rank": 8, "dropout": 0.1, "parts": "qv"}
+    results = [{"row": row, "launch": launch, **shape, "ms": ms} for row, launch, ms in (
+        ("torch", "eager", 2.0), ("torch", "graph", 1.0), ("triton", "eager", 1.5), ("frozen", "graph", 0.5))]
+    assert kernels.rule_measurements(results, "sm_90") == [
+        {"gpu": "sm_90", "K": 768, "N": 2304, "parts": "qv", "n": 768, "rank": 8, "dropout": 0.1, "tokens": 8192,
+         "implementation": "torch", "ms_graph": 1.0, "ms_eager": 2.0}]
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -153,6 +193,8 @@ WRONG = [
     (["kernels", "--shapes", "32x32/qv"], "32x32/qv"),
     (["kernels", "--shapes", "32x33/x"], "32x33/x"),
     (["kernels", "--tokens", "many"], "--tokens many"),
+    (["kernels", "--rows", "frozen,fast"], "'fast'"),
+    (["kernels", "--write-rule", "--device", "cpu"], "--write-rule"),
     (["kernels", "--dropouts", "1"], "--dropouts 1"),
     (["kernels", "--dropouts", "0,nan"], "--dropouts 0,nan"),
     (["train", "--mode", "lora,lora"], "lora"),

@@ -2,14 +2,16 @@
 
 import math
 import statistics
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from minift.device import time_call
+from minift.bench.timing import time_in_turn
+
+COPY_BYTES = 2**30  # of the copy on a GPU: 100 MB would lie in its L2 cache for the most part
+MATRIX_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (1024, 2048, 3072)}
+SAMPLES = 7
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -22,38 +24,31 @@ def cache_bytes(device: torch.device) -> int:
     return int(path.read_text().strip().removesuffix("K")) * 1024
 
 
-def median_seconds(work: Callable[[], Any], calls: int, warmup: int, device: torch.device) -> float:
-    """The median time of a call in seconds, after `warmup` calls that are not counted."""
-    for _ in range(warmup):
-        time_call(work, device)
-    times = [time_call(work, device) for _ in range(calls)]
-    return statistics.median(times)
-
-
 def linear_rate(tokens: int, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of the forward pass of one linear layer."""
     x = torch.randn(tokens, inputs, device=device, dtype=dtype)
     weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
-    seconds = median_seconds(lambda: F.linear(x, weight), 20, 5, device)
-    return 2 * tokens * inputs * outputs / seconds  # 2: a multiplication and an addition
+    times = time_in_turn({"linear": lambda: F.linear(x, weight)}, 3 * SAMPLES, device)
+    return 2 * tokens * inputs * outputs / statistics.median(times["linear"])  # 2: a multiplication and an addition
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the fastest of three products of large square matrices."""
-    sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 3072)
+    """FLOP/s of the fastest of several products of large square matrices."""
     best = 0.0
-    for size in sizes:
+    for size in MATRIX_SIZES["cuda" if device.type == "cuda" else "cpu"]:
         a = torch.randn(size, size, device=device).to(dtype)
         b = torch.randn(size, size, device=device).to(dtype)
-        seconds = median_seconds(lambda a=a, b=b: a @ b, 6, 2, device)
-        best = max(best, 2 * size**3 / seconds)
+        times = time_in_turn({size: lambda a=a, b=b: a @ b}, SAMPLES, device)
+        best = max(best, 2 * size**3 / statistics.median(times[size]))
     return best
 
 
 def copy_rate(device: torch.device) -> float:
     """Bytes/s, read and written, of a copy that does not fit into the cache."""
-    count = math.ceil(cache_bytes(device) / 2)  # numbers of 4 bytes: twice the size of the cache
-    source = torch.randn(count, device=device)
+    nbytes = 2 * cache_bytes(device)
+    if device.type == "cuda":
+        nbytes = max(nbytes, COPY_BYTES)
+    source = torch.randn(math.ceil(nbytes / 4), device=device)  # numbers of 4 bytes
     target = torch.empty_like(source)
-    seconds = median_seconds(lambda: target.copy_(source), 6, 2, device)
-    return 2 * source.nbytes / seconds
+    times = time_in_turn({"copy": lambda: target.copy_(source)}, SAMPLES, device)
+    return 2 * source.nbytes / statistics.median(times["copy"])

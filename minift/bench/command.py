@@ -1,11 +1,13 @@
 """The frame that benchmarks share: their options, and the line of facts above their tables."""
 
+import json
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 
 from minift.device import machine_name
+from minift.errors import UserError
 from minift.options import Parser, add_options, resolve
 
 T = TypeVar("T")
@@ -23,3 +25,28 @@ def print_facts(options: Any, device: torch.device, **more: str) -> dict[str, An
     facts = {"machine": machine_name(device), "torch": torch.__version__, **asdict(options), **more}
     print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None) + "\n")
     return facts
+
+
+class LineFile:
+    """A file of JSON lines that grows with each result, so that an interruption loses none; without a path, nothing is
+    written. Raises UserError if it cannot be opened."""
+
+    def __init__(self, path: str | None):
+        self.file: TextIO | None = None
+        if path is not None:
+            try:
+                self.file = open(path, "w", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"--out {path}: cannot be written: {error.strerror}; name another file") from None
+
+    def write(self, result: dict[str, Any]) -> None:
+        if self.file:
+            self.file.write(json.dumps(result) + "\n")
+            self.file.flush()
+
+    def __enter__(self) -> "LineFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.file:
+            self.file.close()

@@ -1,36 +1,54 @@
 """python -m minift.bench kernels: the low-rank update of one layer, forward and backward.
 
 Implementations: the frozen linear layer (no update, so no other can be faster), eager PyTorch as in loralib, this
-project's Function, torch.compile of the eager form, PEFT's layer if peft is installed, and the Triton kernels on a GPU.
-Each is launched eagerly and, on a GPU, also replayed from a CUDA graph.
+project's Function and its Triton kernels, torch.compile of the eager form with max-autotune, and PEFT's layer if peft
+is installed. --rows chooses some of them. Each is launched eagerly and, on a GPU, also replayed from a CUDA graph. With
+--parts, the two large products and each Triton kernel alone, beside the least time of their FLOPs and bytes.
 
-The layers and their inputs form a ring that is larger than the cache, so each pass reads from memory. Implementations
-take turns, sample by sample. FLOPs and bytes are given relative to the rates of the machine, measured in the same run.
-The last line is one JSON object.
+The layers and their inputs form a ring that is larger than the cache, so each pass reads from memory: first the forward
+passes of all its layers, then the backward passes in reverse order, as in training. Implementations take turns, sample
+by sample. FLOPs and bytes are given relative to the rates of the machine, measured in the same run.
 
-On a CPU all cases take hours; the third line gives the least time. --shapes, --tokens and --ranks choose cases.
+Lines are printed as they are measured, and --out FILE.jsonl grows with them; the last line is one JSON object. On a CPU
+all cases take hours; the third line gives an estimate. --shapes, --tokens and --ranks choose cases.
 """
 
 import itertools
 import json
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
-from minift.bench import ceilings
-from minift.bench.layers import NAMES, Case, Layer, find_rows, make_ring, step_of
-from minift.device import DEVICES, DTYPES, choose_device, choose_dtype, dtype_name, machine_name, time_call
+from minift.bench import ceilings, parts
+from minift.bench.command import LineFile
+from minift.bench.layers import (
+    NAMES,
+    OUR_KERNELS,
+    Case,
+    Layer,
+    find_rows,
+    forward_of,
+    make_ring,
+    ring_size,
+    training_pass,
+)
+from minift.bench.timing import SAMPLE_SECONDS, WARMUP, time_in_turn
+from minift.device import DEVICES, DTYPES, choose_device, choose_dtype, dtype_name, machine_name
 from minift.errors import UserError
+from minift.ops.kernel_choice import RULE_FILE, gpu_generation, why_no_triton, write_rule
 from minift.options import Parser, add_options, option, resolve
 from minift.report.table import table_head, table_row
 
-WARMUP = 3  # samples that are not counted
-OTHERS = ("frozen", "eager", "function")  # the time of each implementation is given relative to these
-QUICK = {"shapes": "768x768,768x3072", "tokens": "2048", "ranks": "8", "samples": 9}
+OTHERS = ("frozen", "eager", "torch")  # the time of each implementation is given relative to these
+QUICK = {"shapes": "768x768,768x3072", "tokens": "2048", "ranks": "8", "samples": 5,
+         "rows": ",".join(row for row in NAMES if row != "compile")}
+CPU_LAYERS = 3  # layers in a sample on a CPU
+COMPILE_SECONDS = {"compile": 60, "triton": 5, "hybrid": 5}  # a guess of the time to compile for a new shape
 COLUMNS = {
     "row": ("implementation", lambda row: NAMES[row]),
     "launch": ("launch", str),
@@ -39,26 +57,31 @@ COLUMNS = {
     "ms_max": ("max", "{:.3f}".format),
     "over_frozen": ("/ frozen", "{:.2f}".format),
     "over_eager": ("/ eager", "{:.2f}".format),
-    "over_function": ("/ Function", "{:.2f}".format),
+    "over_torch": ("/ Function", "{:.2f}".format),
     "flop_share": ("FLOPs", "{:.0%}".format),
     "byte_share": ("bytes", "{:.0%}".format),
 }
 WIDTHS = [17, 6, 8, 8, 8, 8, 7, 10, 5, 5]
+Run = tuple[str, str]  # an implementation, and the way to launch it
 
 
 @dataclass(frozen=True)
 class KernelOptions:
-    quick: bool = option(False, "two shapes of GPT-2, 2,048 tokens, rank 8, without torch.compile on a CPU: "
-                                "some 15 s on 2 cores")
+    quick: bool = option(False, "two shapes of GPT-2, 2,048 tokens, rank 8, without torch.compile: under a minute on "
+                                "2 cores")
     shapes: str = option("768x768,768x2304/qkv,768x2304/qv,768x3072,3072x768,1024x1024,1280x1280,1600x1600,"
                          "1600x6400,4096x4096,4096x11008", "inputs x outputs of the layers; /qv: a fused "
                          "matrix of three, of which q and v get an update")
     tokens: str = option("512,2048,8192,16384", "tokens in a batch")
     ranks: str = option("8,16,64", "ranks of the update")
     dropouts: str = option("0,0.1", "dropout on the update's input")
-    samples: int = option(21, f"timed samples of each row, after {WARMUP} that are not", least=1)
+    rows: str = option(",".join(NAMES), "implementations")
+    parts: bool = option(False, "also each product and each kernel alone")
+    samples: int = option(9, f"timed samples of each row, after {WARMUP} that are not", least=1)
     dtype: str = option("auto", "compute dtype; auto: bf16 where the hardware has it", choices=DTYPES)
     device: str = option("auto", "where to compute", choices=DEVICES)
+    write_rule: bool = option(False, "write the rule of --kernel auto for this GPU into minift/ops/kernel_rule.json")
+    out: str | None = option(None, "a file of JSON lines that grows with each result; it is replaced")
 
 
 def bench_kernels(arguments: list[str]) -> None:
@@ -67,43 +90,82 @@ def bench_kernels(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     quick = {name: (value, "--quick") for name, value in QUICK.items()} if args.quick else {}
     options, _ = resolve(KernelOptions, args, quick)
-    cases = parse_cases(options)
+    cases, chosen = parse_cases(options), parse_rows(options.rows)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
+    if options.write_rule and device.type != "cuda":
+        raise UserError("--write-rule: the rule is about GPUs, and there is none here: leave it out")
     torch.manual_seed(0)
 
-    facts = measure_machine(options, dtype, device)
-    names, missing = find_rows(options.quick, device)
-    facts["not_measured"] = missing
-    print(f"{facts['machine']}, torch {facts['torch']}, {facts['dtype']}; measured ceilings "
-          f"{facts['flops_per_second'] / 1e12:.3g} TFLOP/s and {facts['bytes_per_second'] / 1e9:.3g} GB/s; "
-          f"inputs rotate through {facts['ring_bytes'] / 2**20:.0f} MiB")
-    print("; ".join(f"{NAMES[row]} is not measured: {reason}" for row, reason in missing.items()))
-    if device.type == "cpu":
-        flops = sum(case.work("function", dtype.itemsize)[0] for case in cases)
-        seconds = flops * len(names) * (options.samples + WARMUP) / facts["flops_per_second"]
-        print(f"{len(cases)} cases, at least {seconds / 60:.1f} minutes")
-
-    results = []
-    for case in cases:
-        print(f"\n{case}\n\n{table_head(COLUMNS, WIDTHS)}")
-        names_here = [name for name in names if name != "peft" or not case.parts]  # PEFT has no update of parts
-        for result in measure(case, names_here, options.samples, facts, dtype, device):
-            results.append(result)
-            print(table_row(result, COLUMNS, WIDTHS), flush=True)
-        if "compile" in names:
-            torch._dynamo.reset()  # torch.compile stops compiling after a few shapes
+    rows, missing = find_rows(chosen, device)
+    if not rows:
+        raise UserError(f"--rows {options.rows}: none can be measured here: {'; '.join(missing.values())}")
+    with LineFile(options.out) as lines:
+        facts = measure_machine(dtype, device) | {"not_measured": missing, "options": asdict(options)}
+        lines.write(facts)
+        print(describe(facts))
+        print("; ".join(f"{NAMES[row]} is not measured: {reason}" for row, reason in missing.items()))
+        print(f"{len(cases)} cases, about {estimate(cases, rows, options, facts, device) / 60:.1f} minutes")
+        results, started = [], time.perf_counter()
+        for number, case in enumerate(cases, start=1):
+            print(f"\n{case}\n\n{table_head(COLUMNS, WIDTHS)}")
+            for result in measure(case, rows, options.samples, facts, dtype, device):
+                results.append(result)
+                lines.write(result)
+                print(table_row(result, COLUMNS, WIDTHS), flush=True)
+            if options.parts:
+                print(f"\n{table_head(parts.COLUMNS, parts.WIDTHS)}")
+                for result in measure_parts(case, options.samples, facts, dtype, device):
+                    results.append(result)
+                    lines.write(result)
+                    print(table_row(result, parts.COLUMNS, parts.WIDTHS), flush=True)
+            left = (time.perf_counter() - started) / number * (len(cases) - number)
+            print(f"{number} of {len(cases)} cases; about {left / 60:.1f} minutes left")
+    if options.write_rule:
+        write_rule(RULE_FILE, rule_measurements(results, gpu_generation(device)))
+        print(f"the rule of --kernel auto is written: {RULE_FILE}")
     print("\n" + "\n".join(summary(results)))
     print(json.dumps(facts | {"rows": results}))
 
 
-def measure_machine(options: KernelOptions, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The machine, the options and the ceilings, for the JSON object."""
-    return {"machine": machine_name(device), "torch": torch.__version__, **asdict(options),
-            "dtype": dtype_name(dtype),
+def describe(facts: dict[str, Any]) -> str:
+    return (f"{facts['machine']}, torch {facts['torch']}, {facts['dtype']}; measured ceilings "
+            f"{facts['flops_per_second'] / 1e12:.3g} TFLOP/s and {facts['bytes_per_second'] / 1e9:.3g} GB/s; "
+            f"inputs rotate through {facts['ring_bytes'] / 2**20:.0f} MiB")
+
+
+def measure_machine(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The machine and its ceilings."""
+    return {"machine": machine_name(device), "torch": torch.__version__, "dtype": dtype_name(dtype),
             "flops_per_second": ceilings.matmul_rate(dtype, device),
             "bytes_per_second": ceilings.copy_rate(device),
             "ring_bytes": 2 * ceilings.cache_bytes(device)}
+
+
+def estimate(cases: list[Case], rows: list[str], options: KernelOptions, facts: dict[str, Any],
+             device: torch.device) -> float:
+    """A guess of the seconds that all cases take: each implementation at a third of the machine's rate of products, and
+    the compilation."""
+    seconds, is_cuda = 0.0, device.type == "cuda"
+    samples = options.samples + WARMUP + (2 if is_cuda else 0)  # 2: to find the calls in a sample
+    shapes = len({(case.K, case.N, case.parts, case.rank, case.dropout) for case in cases})
+    for case in cases:
+        layer_seconds = 3 * case.work("torch", 2)[0] / facts["flops_per_second"]
+        layers = ring_size(case, 2, facts["ring_bytes"]) if is_cuda else CPU_LAYERS
+        pass_seconds = max(layers * layer_seconds, SAMPLE_SECONDS if is_cuda else 0)
+        seconds += len(rows) * (2 if is_cuda else 1) * samples * pass_seconds
+    if is_cuda:
+        seconds += shapes * sum(COMPILE_SECONDS.get(row, 0) for row in rows)
+    return seconds
+
+
+def parse_rows(text: str) -> list[str]:
+    """A comma list of implementations. Raises UserError."""
+    rows = text.split(",")
+    for row in rows:
+        if row not in NAMES or rows.count(row) > 1:
+            raise UserError(f"--rows {text}: unknown or repeated {row!r}; there are {', '.join(NAMES)}")
+    return rows
 
 
 def parse_cases(options: KernelOptions) -> list[Case]:
@@ -135,19 +197,18 @@ def parse_numbers(flag: str, text: str, kind: type, least: float) -> list[Any]:
     return values
 
 
-def measure(case: Case, names: list[str], samples: int, facts: dict[str, Any], dtype: torch.dtype,
+def measure(case: Case, rows: list[str], samples: int, facts: dict[str, Any], dtype: torch.dtype,
             device: torch.device) -> Iterator[dict[str, Any]]:
     """The results of a case, one for each implementation and way to launch it."""
     ring = make_ring(case, dtype, device, facts["ring_bytes"])
-    runs, passes = make_runs(case, names, ring, device)
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    for sample in range(WARMUP + samples):
-        for key, run in runs.items():
-            seconds = time_call(run, device) / passes
-            if sample >= WARMUP:
-                times[key].append(seconds)
-    for (row, launch), taken in times.items():
+    rows = [row for row in rows if row != "peft" or not case.parts]  # PEFT has no update of parts
+    runs, layers = make_runs(case, rows, ring, device)
+    times = time_in_turn(runs, samples, device)
+    if "compile" in rows:
+        torch._dynamo.reset()  # torch.compile stops compiling after a few shapes
+    for (row, launch), of_pass in times.items():
         flops, nbytes = case.work(row, dtype.itemsize)
+        taken = [seconds / layers for seconds in of_pass]
         median = statistics.median(taken)
         result = {
             "row": row,
@@ -160,54 +221,80 @@ def measure(case: Case, names: list[str], samples: int, facts: dict[str, Any], d
             "byte_share": nbytes / median / facts["bytes_per_second"],
         }
         for other in OTHERS:
-            # ratios of samples that were measured one after the other: a busy moment of the machine slows both
-            ratios = [a / b for a, b in zip(taken, times[other, launch], strict=True)]
-            result[f"over_{other}"] = statistics.median(ratios)
+            if (other, launch) in times:
+                # ratios of samples that were measured one after the other: a busy moment of the machine slows both
+                ratios = [a / b for a, b in zip(of_pass, times[other, launch], strict=True)]
+                result[f"over_{other}"] = statistics.median(ratios)
         yield result
 
 
-def make_runs(case: Case, names: list[str], ring: list[Layer], device: torch.device
-              ) -> tuple[dict[tuple[str, str], Callable[[], None]], int]:
-    """{(implementation, launch): function that runs one sample}, and the number of layers in a sample: on a GPU the
-    full ring, since one layer is too short to be timed; on a CPU one layer, the next of the ring."""
-    runs: dict[tuple[str, str], Callable[[], None]] = {}
-    next_layer = itertools.cycle(ring)  # shared by all implementations, or one would find its layer in the cache
-    for name in names:
-        step = step_of(name, case, ring)
+def make_runs(case: Case, rows: list[str], ring: list[Layer], device: torch.device
+              ) -> tuple[dict[Run, Callable[[], None]], int]:
+    """{(implementation, launch): function that runs one pass}, and the number of layers in a pass: on a GPU the full
+    ring; on a CPU the next CPU_LAYERS of it, which take long enough."""
+    layers = len(ring) if device.type == "cuda" else CPU_LAYERS
+    next_layer = itertools.cycle(ring)  # shared by all implementations, or one would find its layers in the cache
+    runs: dict[Run, Callable[[], None]] = {}
+    for row in rows:
+        forward = forward_of(row, case, ring)
+
+        def run(forward: Any = forward) -> None:
+            training_pass(forward, list(itertools.islice(next_layer, layers)))
+
+        runs[row, "eager"] = run
         if device.type == "cuda":
-            runs[name, "eager"] = lambda step=step: [step(layer) for layer in ring]
-            runs[name, "graph"] = capture(step, ring)
-        else:
-            runs[name, "eager"] = lambda step=step: step(next(next_layer))
-    return runs, len(ring) if device.type == "cuda" else 1
+            runs[row, "graph"] = capture(run)
+    return runs, layers
 
 
-def capture(step: Callable[[Layer], Any], ring: list[Layer]) -> Callable[[], None]:
-    """Capture one pass over the ring in a CUDA graph. Returns the function that replays it."""
+def capture(run: Callable[[], None]) -> Callable[[], None]:
+    """Capture a pass in a CUDA graph. Returns the function that replays it."""
     stream = torch.cuda.Stream()  # torch requires a warm-up on another stream before a capture
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for layer in ring[:2]:
-            step(layer)
+        run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for layer in ring:
-            step(layer)
+        run()
     return graph.replay
+
+
+def measure_parts(case: Case, samples: int, facts: dict[str, Any], dtype: torch.dtype, device: torch.device
+                  ) -> Iterator[dict[str, Any]]:
+    """The results of a case, one for each product and each kernel alone."""
+    ring = make_ring(case, dtype, device, facts["ring_bytes"])
+    return parts.measure(case, ring, device.type == "cuda" and why_no_triton(device) is None, samples, facts)
+
+
+def rule_measurements(results: list[dict[str, Any]], gpu: str) -> list[dict[str, Any]]:
+    """The results in the form that kernel_choice.write_rule takes. gpu: as gpu_generation says."""
+    times: dict[tuple[Case, str], dict[str, float]] = {}
+    for result in results:
+        if result.get("row") in OUR_KERNELS:
+            case = Case(*(result[field.name] for field in fields(Case)))
+            times.setdefault((case, result["row"]), {})[f"ms_{result['launch']}"] = result["ms"]
+    found = []
+    for (case, row), ms in times.items():
+        if len(ms) == 2:  # both ways to launch it
+            found.append({"gpu": gpu, "K": case.K, "N": case.N, "parts": case.parts, "n": case.part_size,
+                          "rank": case.rank, "dropout": case.dropout, "tokens": case.M, "implementation": row} | ms)
+    return found
 
 
 def summary(results: list[dict[str, Any]]) -> Iterator[str]:
     """One line for each implementation and launch: its time relative to others, the median of its cases and
     the range."""
-    by_row: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    by_run: dict[Run, list[dict[str, Any]]] = {}
     for result in results:
-        by_row.setdefault((result["row"], result["launch"]), []).append(result)
-    for (row, launch), cases in by_row.items():
+        if "row" in result:
+            by_run.setdefault((result["row"], result["launch"]), []).append(result)
+    for (row, launch), cases in by_run.items():
         texts = []
         for other in OTHERS:
-            ratios = [case[f"over_{other}"] for case in cases]
-            if other != row:
+            ratios = [case[f"over_{other}"] for case in cases if f"over_{other}" in case]
+            if ratios and other != row:
                 texts.append(f"{statistics.median(ratios):.2f}x that of {NAMES[other]} "
                              f"({min(ratios):.2f} to {max(ratios):.2f})")
-        yield f"{NAMES[row]}, launch {launch}, {len(cases)} cases: its time is " + "; ".join(texts)
+        if texts:
+            yield f"{NAMES[row]}, launch {launch}, {len(cases)} cases: its time is " + "; ".join(texts)

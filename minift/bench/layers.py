@@ -5,24 +5,26 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minift.ops.kernel_choice import why_no_triton
+from minift.ops.kernel_choice import KERNELS, why_no_triton
 from minift.ops.lora import lora_linear
 
 SCALE = 2.0
 MAX_RING = 256  # the most layers in a ring: very small layers would need thousands to fill the cache
+OUR_KERNELS = [kernel for kernel in KERNELS if kernel != "auto"]
 NAMES = {
     "frozen": "frozen linear",  # without an update
     "eager": "eager, as loralib",
-    "function": "Function + addmm",  # this project's, in PyTorch
-    "compile": "torch.compile",  # of the eager form
+    "compile": "torch.compile",  # of the eager form, with max-autotune
     "peft": "PEFT's layer",
-    "triton": "Triton",  # this project's kernels
+    # this project's, under the names of --kernel
+    "torch": "Function + addmm",
+    "triton": "Triton",
+    "hybrid": "cuBLAS + Triton",
 }
 Layer = dict[str, Tensor]
 Forward = Callable[[Layer], tuple[Tensor, list[Tensor]]]  # layer -> the output, and the tensors that get a gradient
@@ -65,6 +67,14 @@ class Case:
         return f"{self.K} x {self.N}{parts}, {self.M:,} tokens, rank {self.rank}, dropout {self.dropout:g}"
 
 
+def ring_size(case: Case, itemsize: int, nbytes: int) -> int:
+    """The layers of a ring of at least `nbytes`: at least 2, at most MAX_RING."""
+    M, N, K = case.M, case.N, case.K
+    update = len(case.offsets) * case.rank * (K + case.part_size)  # A and B, once in fp32
+    layer_bytes = itemsize * (M * K + M * N + N * K + N + update) + 4 * update
+    return min(max(2, math.ceil(nbytes / layer_bytes)), MAX_RING)
+
+
 def make_ring(case: Case, dtype: torch.dtype, device: torch.device, nbytes: int) -> list[Layer]:
     """Layers with their inputs, of at least `nbytes` together, but at most MAX_RING layers. All have the same random
     values. Each has its own memory, so a layer has left the cache when it is used again."""
@@ -79,10 +89,8 @@ def make_ring(case: Case, dtype: torch.dtype, device: torch.device, nbytes: int)
         "A": A, "B": B,  # fp32, as in this project
         "a": A.to(dtype), "b": B.to(dtype),  # in the compute dtype, as in loralib and PEFT
     }
-    layer_bytes = sum(tensor.nbytes for tensor in first.values())
-    count = min(max(2, math.ceil(nbytes / layer_bytes)), MAX_RING)
     ring = []
-    for _ in range(count):
+    for _ in range(ring_size(case, dtype.itemsize, nbytes)):
         layer = {}
         for name, tensor in first.items():
             layer[name] = tensor.clone().requires_grad_(name in ("x", "A", "B", "a", "b"))
@@ -124,9 +132,11 @@ def peft_layers(ring: list[Layer], case: Case) -> dict[int, torch.nn.Module]:
 
 def forward_of(row: str, case: Case, ring: list[Layer]) -> Forward:
     """The forward pass of an implementation: layer -> the output, and the tensors that get a gradient."""
-    call = torch.compile(eager, dynamic=False) if row == "compile" else eager
     modules = peft_layers(ring, case) if row == "peft" else {}
-    kernel = "triton" if row == "triton" else "torch"
+    call = eager
+    if row == "compile":
+        # without its own CUDA graphs: every implementation is captured in the same way here
+        call = torch.compile(eager, dynamic=False, mode="max-autotune-no-cudagraphs")
 
     def frozen(layer: Layer) -> tuple[Tensor, list[Tensor]]:
         return F.linear(layer["x"], layer["weight"], layer["bias"]), [layer["x"]]
@@ -141,33 +151,31 @@ def forward_of(row: str, case: Case, ring: list[Layer]) -> Forward:
 
     def ours(layer: Layer) -> tuple[Tensor, list[Tensor]]:
         x, A, B = layer["x"], layer["A"], layer["B"]
-        y = lora_linear(x, layer["weight"], layer["bias"], A, B, SCALE, case.offsets, case.dropout, kernel)
+        y = lora_linear(x, layer["weight"], layer["bias"], A, B, SCALE, case.offsets, case.dropout, row)
         return y, [x, A, B]
 
     forwards = {"frozen": frozen, "eager": in_eager_form, "compile": in_eager_form, "peft": by_peft}
     return forwards.get(row, ours)
 
 
-def step_of(row: str, case: Case, ring: list[Layer]) -> Callable[[Layer], Any]:
-    """One forward and one backward pass of a layer of the ring, by an implementation."""
-    forward = forward_of(row, case, ring)
-
-    def step(layer: Layer) -> None:
-        y, leaves = forward(layer)
+def training_pass(forward: Forward, layers: list[Layer]) -> None:
+    """The forward passes of all layers, then the backward passes in reverse order, as in a training step: what a layer
+    has read and written has then left the cache before its backward pass."""
+    outputs = [forward(layer) for layer in layers]
+    for layer in reversed(layers):
+        y, leaves = outputs.pop()
         torch.autograd.grad(y, leaves, layer["dy"])
 
-    return step
 
-
-def find_rows(quick: bool, device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The implementations that can be measured here, and the reason for each that cannot."""
+def find_rows(chosen: list[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """Those of the chosen implementations that can be measured here, and the reason for each that cannot."""
     missing = {}
-    if quick and device.type == "cpu":
-        missing["compile"] = "--quick leaves it out"
     if importlib.util.find_spec("peft") is None:
         missing["peft"] = "peft is not installed"
-    if reason := why_no_triton(device):
-        missing["triton"] = reason
-    elif device.type != "cuda":
-        missing["triton"] = "Triton's interpreter, which runs here, is no measure of speed"
-    return [row for row in NAMES if row not in missing], missing
+    reason = why_no_triton(device)
+    if reason is None and device.type != "cuda":
+        reason = "Triton's interpreter, which runs here, is no measure of speed"
+    if reason is not None:
+        missing |= {kernel: reason for kernel in OUR_KERNELS if kernel != "torch"}
+    missing = {row: why for row, why in missing.items() if row in chosen}
+    return [row for row in chosen if row not in missing], missing
