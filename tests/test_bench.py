@@ -13,21 +13,13 @@ from scripts import run
 from minift.bench import busy, ceilings, kernels, layers
 from minift.bench import train as bench_train
 from minift.bench.__main__ import main
+from minift.bench.models import random_model
 from minift.data import row_cache
 from minift.files.atomic import read_json_lines
-from minift.files.hub import PRESETS, Preset
-from minift.model.gpt import GPTConfig
 from minift.modes import MODES
 from minift.ops.lora import lora_linear
 
 ON_CPU = ("--dtype", "fp32", "--device", "cpu")
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """distilgpt2 with the shape of a toy."""
-    shape = GPTConfig(vocab_size=97, n_positions=96, n_embd=24, n_layer=2, n_head=3, eos_token_id=96)
-    monkeypatch.setitem(PRESETS, "distilgpt2", Preset(shape, None))
 
 
 def result_of(*arguments: str) -> tuple[str, dict[str, Any]]:
@@ -117,12 +109,12 @@ def test_the_rule_takes_both_launches() -> None:
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_train(tiny: None, ragged: bool) -> None:
+def test_train(ragged: bool) -> None:
     arguments = ["--batch", "2", "--tokens", "20", "--targets", "5", "--steps", "2", "--rank", "3",
                  "--dropout", "0.1"]
     if ragged:
         arguments.append("--ragged")
-    out, result = result_of("train", "--size", "distilgpt2", *arguments)
+    out, result = result_of("train", "--size", "tiny", *arguments)
     assert [row["mode"] for row in result["rows"]] == list(MODES) and result["rank"] == 3
     for row in result["rows"]:
         assert row["step_ms_min"] <= row["step_ms"] <= row["step_ms_max"] and row["flops_per_step"] > 0
@@ -130,11 +122,11 @@ def test_train(tiny: None, ragged: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["train", "decode"])
-def test_beside_a_busy_program(tiny: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_beside_a_busy_program(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(busy, "SETTLE_SECONDS", 0)
     small = {"train": ["--batch", "2", "--tokens", "20", "--targets", "5", "--steps", "1"],
              "decode": ["--batch", "2", "--prompt-tokens", "10", "--new-tokens", "4", "--repeats", "1"]}
-    out, result = result_of(name, "--size", "distilgpt2", "--mode", "lora", "--busy", *small[name])
+    out, result = result_of(name, "--size", "tiny", "--mode", "lora", "--busy", *small[name])
     [row] = result["rows"]
     assert len(row["quiet_rates"]) == len(row["busy_rates"]) == busy.ROUNDS
     quiet = sum(row["quiet_rates"]) / 2  # the median of two
@@ -157,10 +149,10 @@ def test_the_busy_program_has_a_session_of_its_own_and_ends(monkeypatch: pytest.
     assert started[0].poll() is not None
 
 
-def test_ragged_rows_have_the_mean_length(tiny: None) -> None:
-    options = bench_train.TrainBenchOptions("distilgpt2", batch=300, tokens=30, targets=5, ragged=True,
+def test_ragged_rows_have_the_mean_length() -> None:
+    options = bench_train.TrainBenchOptions("tiny", batch=300, tokens=30, targets=5, ragged=True,
                                             steps=1)
-    model = bench_train.random_model("distilgpt2", torch.float32)
+    model = random_model("tiny", torch.float32, torch.device("cpu"))
     first, second, _ = bench_train.random_steps(options, model)
     lengths = [len(row.ids) for row in first]
     assert lengths != [len(row.ids) for row in second]  # new rows in each step, the same in each run
@@ -169,8 +161,8 @@ def test_ragged_rows_have_the_mean_length(tiny: None) -> None:
     assert all(row.spans == ((len(row.ids) - 5, len(row.ids)),) for row in first)
 
 
-def test_decode(tiny: None) -> None:
-    out, result = result_of("decode", "--size", "distilgpt2", "--batch", "3", "--prompt-tokens", "10",
+def test_decode() -> None:
+    out, result = result_of("decode", "--size", "tiny", "--batch", "3", "--prompt-tokens", "10",
                             "--new-tokens", "4", "--repeats", "2", "--mode", "full,lora")
     assert [row["mode"] for row in result["rows"]] == ["full", "lora"]
     for row in result["rows"]:
@@ -215,7 +207,7 @@ def test_mistakes_are_one_line(arguments: list[str], said: str) -> None:
     assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1
 
 
-def test_a_row_beyond_the_positions_is_refused(tiny: None) -> None:
-    ended = run(main, "decode", "--size", "distilgpt2", "--prompt-tokens", "80", "--new-tokens", "60",
+def test_a_row_beyond_the_positions_is_refused() -> None:
+    ended = run(main, "decode", "--size", "tiny", "--prompt-tokens", "80", "--new-tokens", "60",
                 *ON_CPU)
     assert ended.code == 2 and "of the model's 96 positions" in ended.err

@@ -15,7 +15,7 @@ import torch
 from minift import modes
 from minift.bench.busy import BUSY_COLUMNS, BUSY_WIDTHS, compare_busy
 from minift.bench.command import print_facts, read_options
-from minift.bench.train import random_model
+from minift.bench.models import SIZES, random_model
 from minift.device import (
     DEVICES,
     DTYPES,
@@ -26,7 +26,6 @@ from minift.device import (
     reset_peak_memory,
 )
 from minift.errors import UserError
-from minift.files.hub import PRESETS
 from minift.model.generate import generate
 from minift.modes import MODES
 from minift.options import option
@@ -48,7 +47,7 @@ WIDTHS = [9, 14, 7, 7, 7, 12, 15, 11]
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    size: str = option("gpt2", "size of the model", choices=tuple(PRESETS))
+    size: str = option("gpt2", "size of the model", choices=tuple(SIZES))
     mode: str = option("full", f"{', '.join(MODES)}, a comma list of them, or all; full decodes as the base "
                                "does")
     batch: int = option(16, "prompts that are continued together", least=1)
@@ -90,7 +89,7 @@ def random_prompts(options: DecodeOptions, vocab_size: int) -> list[list[int]]:
 def measure(name: str, options: DecodeOptions, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """One mode's figures, under the names of COLUMNS; times are medians. Raises UserError for too long rows."""
     reset_peak_memory(device)
-    model = random_model(options.size, dtype)
+    model = random_model(options.size, dtype, device)
     modes.apply(model, name, MODES[name].Options())
     model.requires_grad_(False)  # so that every weight is stored in the compute dtype, as in eval.py
     model.set_compute_dtype(dtype)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from minift.bench.train import random_model
+from minift.bench.models import random_model
 from minift.files import weights
 from minift.files.atomic import read_json_lines
 from minift.files.weights import Base
@@ -18,7 +18,7 @@ SPREAD = 0.6  # of the logarithm of a prompt's length; SAMSum's is 0.7 with GPT-
 def write_base(folder: Path, size: str) -> None:
     """A Hugging Face folder with the shape of a preset, random weights, and the embedded base's tokenizer."""
     tiny = weights.load(str(TINY))
-    model = random_model(size, torch.float32)
+    model = random_model(size, torch.float32, torch.device("cpu"))
     base = Base(size, None, model, tiny.tokenizer, None, tiny.eos_token_id)
     weights.save_folder(base, model, folder)
 

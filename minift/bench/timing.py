@@ -1,8 +1,9 @@
 """Times of short work, by CUDA events on a GPU and by the clock elsewhere."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -49,3 +50,17 @@ def time_in_turn(works: dict[Key, Work], samples: int, device: torch.device) -> 
             if sample >= WARMUP:
                 times[key].append(seconds)
     return times
+
+
+def time_each(works: Sequence[Work], device: torch.device) -> list[float]:
+    """The seconds of each call, one after another. On a GPU the host does not wait between them, as in a training
+    loop: the time of a call is that between two events."""
+    if device.type != "cuda":
+        return [sample_seconds(work, 1, device) for work in works]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(works) + 1)]
+    events[0].record()
+    for work, event in zip(works, events[1:], strict=True):
+        work()
+        event.record()
+    events[-1].synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]

@@ -8,6 +8,7 @@ import json
 import random
 import statistics
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from minift import modes
 from minift.bench.busy import BUSY_COLUMNS, BUSY_WIDTHS, compare_busy
 from minift.bench.ceilings import linear_rate
 from minift.bench.command import print_facts, read_options
+from minift.bench.models import SIZES, random_model
+from minift.bench.timing import time_each
 from minift.device import (
     DEVICES,
     DTYPES,
@@ -24,10 +27,8 @@ from minift.device import (
     dtype_name,
     peak_memory,
     reset_peak_memory,
-    time_call,
 )
 from minift.errors import UserError
-from minift.files.hub import PRESETS
 from minift.model.gpt import GPT
 from minift.model.packing import Row
 from minift.modes import MODES
@@ -42,21 +43,21 @@ WARMUP = 2  # steps that are not timed
 SPREAD = 0.5  # for --ragged: the standard deviation of the logarithm of a row's length
 COLUMNS = {
     "mode": ("mode", str),
-    "step_ms": ("step ms", "{:.0f}".format),
-    "step_ms_min": ("min", "{:.0f}".format),
-    "step_ms_max": ("max", "{:.0f}".format),
+    "step_ms": ("step ms", "{:.1f}".format),
+    "step_ms_min": ("min", "{:.1f}".format),
+    "step_ms_max": ("max", "{:.1f}".format),
     "rows_per_second": ("rows/s", "{:.2f}".format),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
     "peak_memory_bytes": ("peak memory", format_bytes),
     "flops_per_second": ("GFLOP/s", lambda flops: f"{flops / 1e9:.0f}"),
     "share": ("of matmuls", "{:.0%}".format),  # of the rate of the largest matrix product
 }
-WIDTHS = [9, 7, 6, 6, 7, 9, 11, 8, 10]
+WIDTHS = [9, 7, 7, 7, 7, 9, 11, 8, 10]
 
 
 @dataclass(frozen=True)
 class TrainBenchOptions:
-    size: str = option("gpt2", "size of the model", choices=tuple(PRESETS))
+    size: str = option("gpt2", "size of the model", choices=tuple(SIZES))
     mode: str = option("all", f"{', '.join(MODES)}, a comma list of them, or all")
     batch: int = option(8, "rows in a step", least=1)
     tokens: int = option(167, "tokens in a row (the default: the mean of SAMSum)", least=2)
@@ -86,7 +87,7 @@ def bench_train(arguments: list[str]) -> None:
     print(table_head(columns, widths))
     results = []
     for name in names:
-        result = measure(name, options, dtype, device)
+        result = measure(name, mode_options(name, options), options, dtype, device)
         results.append(result)
         print(table_row(result, columns, widths), flush=True)
     print(json.dumps(facts | {"rows": results}))
@@ -96,22 +97,12 @@ def check(options: TrainBenchOptions, names: list[str]) -> None:
     """Raises UserError for options that contradict each other."""
     if options.targets >= options.tokens:
         raise UserError(f"--targets {options.targets}: must be fewer than --tokens {options.tokens}")
-    n_positions = PRESETS[options.size].config.n_positions
+    n_positions = SIZES[options.size].n_positions
     if options.tokens > n_positions:
         raise UserError(f"--tokens {options.tokens}: {options.size} has {n_positions} positions")
     for name in ("rank", "dropout", "kernel"):
         if getattr(options, name) is not None and "lora" not in names:
             raise UserError(f"{flag(name)} is an option of mode lora: leave it out, or add lora to --mode")
-
-
-def random_model(size: str, dtype: torch.dtype) -> GPT:
-    """A model with random weights, frozen."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)  # create the weights in the compute dtype: a large model never exists in fp32
-    model = GPT(PRESETS[size].config)
-    torch.set_default_dtype(torch.float32)
-    model.init_weights(0)
-    return model.requires_grad_(False)
 
 
 def random_steps(options: TrainBenchOptions, model: GPT) -> list[list[Row]]:
@@ -134,12 +125,13 @@ def random_steps(options: TrainBenchOptions, model: GPT) -> list[list[Row]]:
     return steps
 
 
-def measure(name: str, options: TrainBenchOptions, dtype: torch.dtype,
-            device: torch.device) -> dict[str, Any]:
-    """One mode's figures, under the names of COLUMNS. Rates are per second of the median step."""
+def measure(name: str, chosen: Any, options: TrainBenchOptions, dtype: torch.dtype, device: torch.device
+            ) -> dict[str, Any]:
+    """One mode's figures, under the names of COLUMNS. Rates are per second of the median step. chosen: the mode's
+    options."""
     reset_peak_memory(device)
-    model = random_model(options.size, dtype)
-    modes.apply(model, name, mode_options(name, options))
+    model = random_model(options.size, dtype, device)
+    modes.apply(model, name, chosen)
     model.checkpoint = options.checkpoint
     model.set_compute_dtype(dtype)
     model.set_kernel(options.kernel or "auto")
@@ -152,23 +144,19 @@ def measure(name: str, options: TrainBenchOptions, dtype: torch.dtype,
         optimizer.zero_grad(set_to_none=True)
 
     steps = random_steps(options, model)
-    times, rates = [], []
-    for number, rows in enumerate(steps):
-        seconds = time_call(lambda rows=rows: step(rows), device)
-        if number >= WARMUP:
-            times.append(seconds)
-            rates.append(count_tokens(rows) / seconds)
+    times = time_each([partial(step, rows) for rows in steps], device)[WARMUP:]
+    rates = [count_tokens(rows) / seconds for rows, seconds in zip(steps[WARMUP:], times, strict=True)]
     peak = peak_memory(device)
     with MemoryMeter(device.type, model.config) as meter:
-        step(rows)  # one more step, not timed since the meter is slow, to count FLOPs
+        step(steps[-1])  # one more step, not timed since the meter is slow, to count FLOPs
 
     def rate() -> float:
-        seconds = [time_call(lambda rows=rows: step(rows), device) for rows in steps[WARMUP:]]
+        seconds = time_each([partial(step, rows) for rows in steps[WARMUP:]], device)
         return sum(map(count_tokens, steps[WARMUP:])) / sum(seconds)
 
     busy = compare_busy(rate) if options.busy else {}
     tokens_per_second = statistics.median(rates)
-    flops_per_token = meter.flops / count_tokens(rows)  # ragged steps differ in tokens, not much in this
+    flops_per_token = meter.flops / count_tokens(steps[-1])  # ragged steps differ in tokens, not much in this
     flops_per_second = flops_per_token * tokens_per_second
     C = model.config.n_embd
     matmul_rate = linear_rate(options.batch * (options.tokens - 1), C, 4 * C, dtype, device)  # of the MLP
