@@ -32,6 +32,7 @@ from minift.run import config
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = pytest.mark.skipif(DEVICE.type == "cpu", reason="no GPU here, and the interpreter cannot show this")
 SCALE = 2.5
+IMPLEMENTATIONS = kernel_choice.KERNELS[2:]  # those that use Triton
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # M, K, N, r, n, offsets: no multiple of a tile, and both ways of making g and dB (above rank 32, and below).
 # Only where K and N are multiples of 16 are the large tiles of gemm_tiles taken.
@@ -78,16 +79,17 @@ def error(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype, name", CASES, ids=str)
-def test_against_float64(dtype: torch.dtype, name: str, dropout: float) -> None:
+def test_against_float64(dtype: torch.dtype, name: str, dropout: float, kernel: str) -> None:
     M, K, N, r, n, offsets = SHAPES[name]
     given = operands(SHAPES[name], dtype, seed=M + int(10 * dropout))
     dy = torch.randn(N, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype).expand(M, N)
     torch.manual_seed(7)
-    got = step(given, offsets, dropout, "triton", dy)
+    got = step(given, offsets, dropout, kernel, dy)
     torch.manual_seed(7)
-    again = step(given, offsets, dropout, "triton", dy)
+    again = step(given, offsets, dropout, kernel, dy)
     assert all(map(torch.equal, got, again))  # bit for bit
 
     torch.manual_seed(7)
@@ -179,8 +181,8 @@ def test_offsets_beyond_32_bits(tmp_path: Path, rank: int) -> None:
     seed, results = torch.tensor(7, device=DEVICE), []
     for given in ((x, dy, weight), (x.contiguous(), dy.contiguous(), weight.contiguous())):
         a, d, w = given
-        y, h = lora_triton.forward(a, w, None, A, B, [0], 2.0, 0.5, seed)
-        results.append([y, *lora_triton.backward(d, a, w, A, B, h, [0], 2.0, 0.5, seed, True)])
+        y, h = lora_triton.forward(a, w, None, A, B, [0], 2.0, 0.5, seed, "triton")
+        results.append([y, *lora_triton.backward(d, a, w, A, B, h, [0], 2.0, 0.5, seed, True, "triton")])
     assert all(map(torch.equal, *results)) and all(one.any() for one in results[0])
 
 

@@ -1,8 +1,8 @@
 """Which implementation computes the low-rank update: `--kernel`.
 
 torch is the Function of lora.py. The others are in lora_triton.py, and run on NVIDIA GPUs alone: triton adds the update
-inside a matrix product in Triton, and hybrid leaves the large products to cuBLAS. `auto` follows kernel_rule.json, which
-a benchmark writes: `write_rule`.
+inside a matrix product in Triton, and hybrid leaves the large products to cuBLAS. `auto` follows kernel_rule.json, that
+a benchmark writes with `write_rule`.
 """
 
 import functools

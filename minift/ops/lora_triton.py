@@ -1,68 +1,91 @@
-"""The low-rank update in Triton: tiles, launches and the two operators. Imported only where Triton runs.
+"""The low-rank update in Triton: the launches and the two operators. Imported only where Triton runs.
 
+kernel "triton", where the update is added in the accumulator of the large product:
 Forward:   shrink  h = c drop(x) A^T, with c = s / (1 - dropout)
-           gemm    y = x W^T + b + h B^T; the update is added in the accumulator of x W^T
+           gemm    y = x W^T + b + h B^T
 Backward:  expand  g = c dy B and dB = dy^T h, from one read of dy
            outer   dA = g^T drop(x)
            gemm    dx = dy W + keep * (g A); keep is the mask of the dropout
-Letters as in lora.py, and J = P r, the columns of h.
 
-The sizes of the tiles are fixed, not tuned at run time, so a shape always gives the same numbers. They compile for
-sm_80 and sm_90 within the shared memory and without register spills (tests/test_triton.py; for more shapes:
-python tests/aot.py --all).
+kernel "hybrid", where cuBLAS computes the large products:
+Forward:   shrink  h, and a copy [x, h] (M, K + J)
+           augment [W, B_blocks] (N, K + J), with B_p in the rows of part p and the columns of h_p
+           cuBLAS  y = [x, h] [W, B_blocks]^T + b = x W^T + h B^T + b
+Backward:  expand and outer as above
+           cuBLAS  dx = dy W
+           add     dx += keep * (g A), in place
+
+Letters as in lora.py, and J = P r, the columns of h.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from minift.ops import register_op
 from minift.ops.dropout import drop_threshold
-from minift.ops.lora_triton_kernels import expand_kernel, gemm_kernel, outer_kernel, shrink_kernel
+from minift.ops.lora_triton_gemm import gemm_kernel
+from minift.ops.lora_triton_hybrid import add_update, augment, augmented_width
+from minift.ops.lora_triton_kernels import expand_kernel, outer_kernel, shrink_kernel, sum_kernel
+from minift.ops.lora_triton_tiles import gemm_tiles, gpu_of, rank_tile, split_length
 
 
-def gemm_tiles(dtype: torch.dtype, M: int, N: int, K: int, rank: int, dropout: float) -> dict[str, int]:
-    """The sizes of gemm_kernel's tiles, and Triton's launch settings. The limit is the number of registers."""
-    # Shapes that are no multiple of 16 are loaded one element at a time, which takes registers for the addresses.
-    if dtype == torch.float32 or N % 16 or K % 16:
-        return dict(BM=64, BN=64, BK=32, num_warps=8, num_stages=2)
-    # With wide tiles x is read less often. A small output would have too few of them for the processors of a GPU, and a
-    # large rank or a dropout mask would leave too few registers.
-    is_wide = M * N >= 2**22 and rank <= 64 and not dropout
-    return dict(BM=128, BN=256 if is_wide else 128, BK=64, num_warps=8, num_stages=3)
-
-
-def rank_tile(rank: int, dtype: torch.dtype) -> int:
-    """The columns of h in a tile: the rank, rounded up to a power of two. At least 16, as a matrix instruction needs,
-    and at most 64 (32 in fp32), so that accumulators fit into registers."""
-    most = 32 if dtype == torch.float32 else 64
-    return min(most, max(16, triton.next_power_of_2(rank)))
-
-
-def shrink(x: Tensor, A: Tensor, c: float, dropout: float, seed: Tensor | None, h: Tensor) -> None:
-    """h (M, J) <- c drop(x) A^T. The columns of h must be contiguous in each row."""
+def shrink(x: Tensor, A: Tensor, c: float, dropout: float, seed: Tensor | None, h: Tensor,
+           x_copy: Tensor | None = None) -> None:
+    """h (M, J) <- c drop(x) A^T. The columns of h must be contiguous in each row. x_copy (M, K + J padded) <- [x, h],
+    with zeros in the padding."""
     M, K = x.shape
     J = len(A)
+    A = A.to(x.dtype)  # once, and not for each tile
     BM = 64
     BJ = rank_tile(J, x.dtype)
     if x.dtype == torch.float32:
         tiles = dict(BM=BM, BK=32, BJ=BJ, num_warps=8, num_stages=2)
     else:
-        tiles = dict(BM=BM, BK=64, BJ=BJ, num_warps=4, num_stages=3)
-    grid = (triton.cdiv(M, BM), triton.cdiv(J, BJ))  # one program for each tile of h
-    shrink_kernel[grid](
-        x, A, h,
+        tiles = dict(BM=BM, BK=64, BJ=BJ, num_warps=4, num_stages=5)
+    tiles_m, tiles_j = triton.cdiv(M, BM), triton.cdiv(J, BJ)
+    length = split_length(gpu_of(x.device), K, tiles["BK"], tiles_m * tiles_j)
+    splits = triton.cdiv(K, length)
+    in_parts = splits > 1 or x_copy is not None  # sum_kernel is the one that writes h into x_copy
+    target = x.new_empty(splits, M, J, dtype=torch.float32) if in_parts else h[None]
+    shrink_kernel[(tiles_m, splits, tiles_j)](
+        x, A,
+        target,
+        x_copy,
         seed,
-        M, K, J,
+        M, K, J, length,
         x.stride(0), x.stride(1),
         A.stride(0), A.stride(1),
-        h.stride(0),
-        c,
+        target.stride(0), target.stride(1),
+        x_copy.stride(0) if x_copy is not None else 0,
+        1.0 if in_parts else c,
         drop_threshold(dropout),
-        DROPOUT=dropout > 0,
+        DROPOUT=dropout > 0, COPY=x_copy is not None,
         **tiles,
+    )
+    if in_parts:
+        add_up(target, c, h, K, x_copy)
+
+
+def add_up(parts: Tensor, c: float, h: Tensor, K: int = 0, x_copy: Tensor | None = None) -> None:
+    """h (M, J) <- c times the sum of the parts (splits, M, J), in their order; and into x_copy behind its K columns."""
+    splits, M, J = parts.shape
+    BM = 32
+    BJ = rank_tile(J, h.dtype)
+    sum_kernel[(triton.cdiv(M, BM), triton.cdiv(J, BJ))](
+        parts,
+        h,
+        x_copy,
+        splits, M, K, J,
+        x_copy.shape[1] - K if x_copy is not None else J,
+        h.stride(0),
+        x_copy.stride(0) if x_copy is not None else 0,
+        c,
+        COPY=x_copy is not None,
+        BM=BM, BJ=BJ,
     )
 
 
@@ -72,8 +95,9 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, o
     M, K = x.shape
     N = len(weight)
     n, rank = len(B) // len(offsets), B.shape[1]
+    B = B.to(x.dtype)
     y = x.new_empty(M, N)
-    tiles = gemm_tiles(x.dtype, M, N, K, rank, dropout)
+    tiles = gemm_tiles(gpu_of(x.device), x.dtype, M, N, K, rank, dropout)
     grid = (triton.cdiv(M, tiles["BM"]) * triton.cdiv(N, tiles["BN"]),)  # one dimension: the kernel orders the tiles
     gemm_kernel[grid](
         x, weight, bias,
@@ -129,30 +153,35 @@ def expand(dy: Tensor, B: Tensor, h: Tensor, offsets: tuple[int, ...], c: float)
     """g = c dy_p B_p for every part p, (M, J), and dB = dy_p^T h_p in fp32, like B."""
     M, parts, rank = len(dy), len(offsets), B.shape[1]
     n = len(B) // parts
+    B = B.to(dy.dtype)
     # One read of dy has a price: every program writes a dB of its own BM rows, which is read again for the sum. That is
     # 8 r / BM bytes for each two bytes of dy, and above rank 32 more than a second read of dy.
     if rank > 32:
         return expand_in_two(dy, B, h, offsets, c)
-    g = torch.empty_like(h)
     if dy.dtype == torch.float32:
-        BM, BN = 64, 32
+        BM, BN, stages = 64, 32, 2
     else:
-        BM, BN = 128, 64
+        BM, BN, stages = 128, 64, 4
     chunks = triton.cdiv(M, BM)
+    length = split_length(gpu_of(dy.device), n, BN, chunks * parts)
+    splits = triton.cdiv(n, length)
+    g_parts = dy.new_empty(splits, *h.shape, dtype=torch.float32)
     db = dy.new_empty(chunks, *B.shape, dtype=torch.float32)
-    expand_kernel[(chunks, parts)](
+    expand_kernel[(chunks, parts, splits)](
         dy,
         B,
-        h, g,
+        h,
+        g_parts,
         db,
-        M, n,
+        M, n, length,
         dy.stride(0), dy.stride(1),
         B.stride(0), B.stride(1),
-        c,
         OFFSETS=offsets, R=rank,
         BM=BM, BN=BN, BR=rank_tile(rank, dy.dtype),
-        num_warps=8, num_stages=2,
+        num_warps=8, num_stages=stages,
     )
+    g = torch.empty_like(h)
+    add_up(g_parts, c, g)
     return g, db.sum(0)
 
 
@@ -176,27 +205,36 @@ def expand_in_two(dy: Tensor, B: Tensor, h: Tensor, offsets: tuple[int, ...], c:
 # The type of an operator's argument cannot be a tuple of settings, so they take the fields of lora.Update one by one.
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, offsets: list[int],
-            scale: float, dropout: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+            scale: float, dropout: float, seed: Tensor | None, kernel: str) -> tuple[Tensor, Tensor]:
     """y (M, N) and h (M, J), which the backward pass needs."""
     with torch.cuda.device_of(x):
         h = x.new_empty(len(x), len(A))
-        shrink(x, A, scale / (1 - dropout), dropout, seed, h)
-        y = gemm(x, weight, bias, h, B, tuple(offsets), 0.0, None)  # no dropout: h has it already
+        c = scale / (1 - dropout)
+        if kernel == "hybrid":
+            x_copy = x.new_empty(len(x), augmented_width(x.shape[1], len(A)))
+            shrink(x, A, c, dropout, seed, h, x_copy)
+            y = F.linear(x_copy, augment(weight, B.to(x.dtype), tuple(offsets), x_copy.shape[1]), bias)
+        else:
+            shrink(x, A, c, dropout, seed, h)
+            y = gemm(x, weight, bias, h, B, tuple(offsets), 0.0, None)  # no dropout: h has it already
         return y, h
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Tensor, offsets: list[int],
-             scale: float, dropout: float, seed: Tensor | None, need_dx: bool
+             scale: float, dropout: float, seed: Tensor | None, need_dx: bool, kernel: str
              ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (M, K), or an empty tensor without `need_dx`, dA and dB."""
     with torch.cuda.device_of(x):
         g, dB = expand(dy, B, h, tuple(offsets), scale / (1 - dropout))
         dA = outer(x, g, dropout, seed)
-        if need_dx:
+        if not need_dx:
+            dx = x.new_empty(0)
+        elif kernel == "hybrid":
+            dx = dy @ weight
+            add_update(dx, g, A, dropout, seed)
+        else:
             # dx = dy W + g A has the form of y = x W^T + h B^T, with a single part
             dx = gemm(dy, weight.T, None, g, A.T, (0,), dropout, seed)
-        else:
-            dx = x.new_empty(0)
         return dx, dA.to(A.dtype), dB.to(B.dtype)
 
 
@@ -206,7 +244,7 @@ def fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, *_: 
 
 def fake_backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *rest: Any
                   ) -> tuple[Tensor, Tensor, Tensor]:
-    need_dx = rest[-1]
+    *_, need_dx, _ = rest
     return x.new_empty(x.shape if need_dx else 0), torch.empty_like(A), torch.empty_like(B)
 
 
@@ -217,7 +255,7 @@ def forward_flops(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: 
 
 def backward_flops(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *rest: Any) -> int:
     """dy B, dy^T h and g^T drop(x), and for dx dy W and g A."""
-    need_dx = rest[-1]
+    *_, need_dx, _ = rest
     dx_numbers = weight.numel() + A.numel() if need_dx else 0
     return 2 * len(x) * (dx_numbers + A.numel() + 2 * B.numel())
 

@@ -1,0 +1,72 @@
+"""The sizes of the tiles of the Triton kernels, and the division of their work over a GPU. Imported only where Triton
+runs. Letters as in lora.py.
+
+The sizes are not tuned at run time: on one kind of GPU, a shape always gives the same numbers. They compile for sm_80,
+sm_90 and sm_120 within the shared memory and without register spills (tests/test_triton.py; for more shapes:
+python tests/aot.py --all).
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Gpu(NamedTuple):
+    """The facts of a GPU that tiles depend on."""
+
+    processors: int  # streaming multiprocessors; 132 in an H100
+    shared_kib: int  # the most shared memory of a block
+
+
+H100 = Gpu(132, 227)
+# {compute capability: shared_kib}, CUDA C++ Programming Guide, table of technical specifications; elsewhere 99
+SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The facts of the device; in Triton's interpreter, without a GPU, those of an H100."""
+    if device.type != "cuda":
+        return H100
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, SHARED_KIB.get((properties.major, properties.minor), 99))
+
+
+def gemm_tiles(gpu: Gpu, dtype: torch.dtype, M: int, N: int, K: int, rank: int, dropout: float) -> dict[str, int]:
+    """The sizes of gemm_kernel's tiles, and Triton's launch settings. The limit is the number of registers."""
+    # Shapes that are no multiple of 16 are loaded one element at a time, which takes registers for the addresses.
+    if dtype == torch.float32 or N % 16 or K % 16:
+        return dict(BM=64, BN=64, BK=32, num_warps=8, num_stages=2)
+    wide = dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3)
+    narrow = wide | dict(BN=128)
+    if gpu.shared_kib < 160:
+        return narrow | dict(num_stages=2)
+    # With wide tiles x is read less often. A large rank or a dropout mask would leave too few registers.
+    if rank > 64 or dropout:
+        return narrow
+    return min(wide, narrow, key=lambda tiles: gemm_time(gpu, M, N, tiles))  # wide, if they are equal
+
+
+def gemm_time(gpu: Gpu, M: int, N: int, tiles: dict[str, int]) -> int:
+    """The time of a product, in units of its time for an element: the processors compute a wave of tiles at a time, and
+    the last wave takes as long as a full one."""
+    count = triton.cdiv(M, tiles["BM"]) * triton.cdiv(N, tiles["BN"])
+    waves = triton.cdiv(count, gpu.processors)
+    return waves * tiles["BM"] * tiles["BN"]
+
+
+def rank_tile(rank: int, dtype: torch.dtype) -> int:
+    """The columns of h in a tile: the rank, rounded up to a power of two. At least 16, as a matrix instruction needs,
+    and at most 64 (32 in fp32), so that accumulators fit into registers."""
+    most = 32 if dtype == torch.float32 else 64
+    return min(most, max(16, triton.next_power_of_2(rank)))
+
+
+def split_length(gpu: Gpu, length: int, block: int, programs: int) -> int:
+    """The part of a loop over `length` that each program computes, a multiple of `block`. With too few programs the
+    loop is split, so that there are two for each processor of the GPU (or one for each block of the loop)."""
+    blocks = triton.cdiv(length, block)
+    splits = triton.cdiv(2 * gpu.processors, max(1, programs))  # max: without tokens there are no programs
+    return max(1, blocks // splits) * block
