@@ -1,4 +1,4 @@
-"""Benchmarks: python -m minift.bench train | decode | kernels | data | peer | plan
+"""Benchmarks: python -m minift.bench train | decode | kernels | data | peer | plan | gpu
 
     train      tokens/s, step time, peak memory and arithmetic rate of each mode, with random weights
     decode     tokens/s of generation, with random weights
@@ -6,12 +6,14 @@
     data       seconds and memory from a file to rows of tokens, up to a million rows
     peer       train.py beside transformers and PEFT, on the same rows
     plan       the predicted and the measured peak memory of each mode
+    gpu        half an hour on a GPU: correctness, kernels, training, decoding; one report
 
-Each prints a table, and one JSON object on the last line. --help after the name lists the options.
+Each but the last prints a table, and one JSON object on the last line. --help after the name lists the options.
 """
 
 from minift.bench.data import bench_data
 from minift.bench.decode import bench_decode
+from minift.bench.gpu import bench_gpu
 from minift.bench.kernels import bench_kernels
 from minift.bench.peer import bench_peer
 from minift.bench.plan import bench_plan
@@ -20,7 +22,7 @@ from minift.device import configure_process
 from minift.errors import UserError, run_script
 
 BENCHMARKS = {"train": bench_train, "decode": bench_decode, "kernels": bench_kernels, "data": bench_data,
-              "peer": bench_peer, "plan": bench_plan}
+              "peer": bench_peer, "plan": bench_plan, "gpu": bench_gpu}
 
 
 def main(arguments: list[str]) -> None:

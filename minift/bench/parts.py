@@ -51,8 +51,10 @@ def products(case: Case, itemsize: int) -> dict[str, Part]:
 def kernels(case: Case, itemsize: int) -> dict[str, Part]:
     """Every Triton kernel alone, on h and g that the layer's ring holds."""
     from minift.ops import lora_triton
+    from minift.ops.lora_triton_hybrid import add_update, augment, augmented_width
     M, N, K, dropout, offsets = case.M, case.N, case.K, case.dropout, case.offsets
     J, outputs = case.rank * len(offsets), case.part_size * len(offsets)
+    width = augmented_width(K, J)
 
     def shrink(layer: Layer) -> None:
         lora_triton.shrink(layer["x"], layer["a"], SCALE, dropout, layer["seed"], layer["h"])
@@ -69,6 +71,10 @@ def kernels(case: Case, itemsize: int) -> dict[str, Part]:
     def gemm_dx(layer: Layer) -> None:
         lora_triton.gemm(layer["dy"], layer["weight"].T, None, layer["h"], layer["a"].T, (0,), dropout, layer["seed"])
 
+    def shrink_copy(layer: Layer) -> None:
+        x_copy = layer["x"].new_empty(M, width)
+        lora_triton.shrink(layer["x"], layer["a"], SCALE, dropout, layer["seed"], layer["h"], x_copy)
+
     flops, nbytes = 2 * M * N * K, itemsize * (M * K + M * N + N * K + M * J)
     thin_in, thin_out = 2 * M * J * K, 2 * M * case.rank * outputs
     return {
@@ -78,6 +84,13 @@ def kernels(case: Case, itemsize: int) -> dict[str, Part]:
         # dA and dB are in fp32
         "g and dB, expand": Part(expand, 2 * thin_out, itemsize * (M * outputs + 2 * M * J) + 4 * outputs * case.rank),
         "dA = g^T x, outer": Part(outer, thin_in, itemsize * (M * K + M * J) + 4 * J * K),
+        # of the hybrid
+        "[x, h], shrink": Part(shrink_copy, thin_in, itemsize * (M * K + K * J + M * width)),
+        "[W, B], augment": Part(lambda layer: augment(layer["weight"], layer["b"], offsets, width), 0,
+                                itemsize * (N * K + outputs * case.rank + N * width)),
+        # dx is added to again and again, so g is 0 here
+        "dx += g A, add": Part(lambda layer: add_update(layer["dx"], layer["g"], layer["a"], dropout, layer["seed"]),
+                               thin_in, itemsize * (2 * M * K + M * J + J * K)),
     }
 
 
@@ -91,6 +104,7 @@ def measure(case: Case, ring: list[Layer], with_kernels: bool, samples: int, fac
         parts |= kernels(case, itemsize)
         for layer in ring:
             layer["h"] = layer["x"] @ layer["a"].T
+            layer["dx"], layer["g"] = torch.zeros_like(layer["x"]), torch.zeros_like(layer["h"])
             layer["seed"] = torch.zeros((), dtype=torch.int64, device=device)
     works = {}
     for name, part in parts.items():

@@ -29,7 +29,6 @@ from minift.device import (
     reset_peak_memory,
 )
 from minift.errors import UserError
-from minift.model.gpt import GPT
 from minift.model.packing import Row
 from minift.modes import MODES
 from minift.ops.kernel_choice import KERNELS, check_kernel
@@ -105,10 +104,11 @@ def check(options: TrainBenchOptions, names: list[str]) -> None:
             raise UserError(f"{flag(name)} is an option of mode lora: leave it out, or add lora to --mode")
 
 
-def random_steps(options: TrainBenchOptions, model: GPT) -> list[list[Row]]:
-    """The rows of each step, warm-up included: random tokens, of which the last --targets of a row are its targets."""
-    rng = random.Random(0)
-    longest = model.config.n_positions - model.prompt_tokens  # a mode may reserve positions
+def random_steps(options: TrainBenchOptions, prompt_tokens: int) -> list[list[Row]]:
+    """The rows of each step, warm-up included: random tokens, of which the last --targets of a row are its targets.
+    prompt_tokens: the positions that the mode reserves."""
+    rng, config = random.Random(0), SIZES[options.size]
+    longest = config.n_positions - prompt_tokens
     steps = []
     for _ in range(WARMUP + options.steps):
         rows = []
@@ -119,7 +119,7 @@ def random_steps(options: TrainBenchOptions, model: GPT) -> list[list[Row]]:
                 factor = rng.lognormvariate(-SPREAD**2 / 2, SPREAD)
                 length = round(options.tokens * factor)
                 length = min(max(length, options.targets + 1), longest)
-            ids = [rng.randrange(model.config.vocab_size) for _ in range(length)]
+            ids = [rng.randrange(config.vocab_size) for _ in range(length)]
             rows.append(Row(ids, ((length - options.targets, length),)))
         steps.append(rows)
     return steps
@@ -143,7 +143,7 @@ def measure(name: str, chosen: Any, options: TrainBenchOptions, dtype: torch.dty
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    steps = random_steps(options, model)
+    steps = random_steps(options, model.prompt_tokens)
     times = time_each([partial(step, rows) for rows in steps], device)[WARMUP:]
     rates = [count_tokens(rows) / seconds for rows, seconds in zip(steps[WARMUP:], times, strict=True)]
     peak = peak_memory(device)

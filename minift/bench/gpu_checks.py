@@ -1,0 +1,267 @@
+"""The checks of `python -m minift.bench gpu`: every kernel and every mode on the device against the plain references in
+float64, which run on the CPU or on the device.
+
+A check yields {"check", "error", "bound", "verdict"}. An error is the norm of the difference over that of the
+exact result, so 1e-2 is one percent.
+"""
+
+import importlib.util
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from minift import modes, ops
+from minift.bench.layers import OUR_KERNELS, SCALE, Case, make_ring
+from minift.device import dtype_name
+from minift.model.generate import generate
+from minift.model.gpt import GPT, GPTConfig
+from minift.model.packing import Row, pack_tokens
+from minift.modes import MODES
+from minift.ops.attention import attention, attention_reference
+from minift.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from minift.ops.dropout import dropout_reference, keep_mask
+from minift.ops.gelu import gelu_tanh
+from minift.ops.lora import lora_linear
+from minift.training import make_optimizer, train_step
+
+ROOT = Path(__file__).parents[2]
+Result = dict[str, Any]
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+# gradients of a model of several layers, where the errors of rounding add up
+MODEL_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+SHAPE = GPTConfig(vocab_size=211, n_positions=160, n_embd=128, n_layer=2, n_head=2, eos_token_id=0)  # hs = 64
+LENGTHS = (70, 3, 128, 41, 1)  # of rows
+TESTS = ("test_triton.py", "test_attention.py", "test_lora_op.py")
+
+
+def verdict(check: str, error: float, bound: float) -> Result:
+    return {"table": "checks", "check": check, "error": error, "bound": bound,
+            "verdict": "right" if error <= bound else "WRONG"}  # also for nan
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    difference = got.detach().double().cpu() - exact.detach().double().cpu()
+    return (difference.norm() / exact.detach().double().norm().cpu()).item()
+
+
+def gradients(output: Tensor, leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
+    return [output, *torch.autograd.grad(output, leaves, dy)]
+
+
+def worst_error(got: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest error of several tensors; nan if one has it, since max would drop it."""
+    errors = [relative_error(a, b) for a, b in zip(got, exact, strict=True)]
+    return torch.tensor(errors).max().item()
+
+
+# ---- operations
+
+def check_masks(device: torch.device) -> Iterator[Result]:
+    """The mask of dropout on the device has the same bits as the reference on the CPU."""
+    for rows, columns in ((33, 7), (200, 301)):
+        x, seed = torch.ones(rows, columns), torch.tensor(2**62 + 12345)
+        expected = dropout_reference(x, 0.1, seed) != 0
+        got = keep_mask(x.to(device), 0.1, seed.to(device)).cpu()
+        wrong = (got != expected).sum().item()
+        yield verdict(f"dropout's mask, {rows} x {columns}", wrong, 0)
+
+
+def check_layer(case: Case, kernel: str, dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
+    """lora_linear and its gradients against the plain reference in float64, with the same mask."""
+    layer = make_ring(case, dtype, device, 0)[0]
+    names = ("x", "weight", "bias", "A", "B")
+
+    def step(tensors: dict[str, Tensor], dy: Tensor, kernel: str) -> list[Tensor]:
+        leaves = {name: tensors[name].detach().requires_grad_(name in ("x", "A", "B")) for name in names}
+        torch.manual_seed(7)  # of the mask
+        y = lora_linear(**leaves, scale=SCALE, offsets=case.offsets, dropout=case.dropout, kernel=kernel)
+        return gradients(y, [leaves["x"], leaves["A"], leaves["B"]], dy)
+
+    got = step(layer, layer["dy"], kernel)
+    with mock.patch.object(ops, "plain", True):
+        exact = step({name: layer[name].double() for name in names}, layer["dy"].double(), "torch")
+    for name, ours, theirs in zip(("y", "dx", "dA", "dB"), got, exact, strict=True):
+        yield verdict(f"{kernel}, {case}, {dtype_name(dtype)}: {name}", relative_error(ours, theirs), BOUNDS[dtype])
+
+
+def check_replay(case: Case, kernel: str, device: torch.device) -> Iterator[Result]:
+    """Forward and backward pass replayed from a CUDA graph give the same bits as launched one by one."""
+    layer = make_ring(case, torch.bfloat16, device, 0)[0]
+    leaves = [layer[name] for name in ("x", "A", "B")]
+
+    def step() -> list[Tensor]:
+        y = lora_linear(layer["x"], layer["weight"], layer["bias"], layer["A"], layer["B"], SCALE, case.offsets,
+                        0.0, kernel)
+        return gradients(y, leaves, layer["dy"])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = [tensor.detach().clone() for tensor in step()]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for tensor in got:
+        tensor.detach().zero_()  # so that only a replay that writes can be right
+    graph.replay()
+    yield verdict(f"{kernel}, {case}: replayed from a graph", worst_error(got, expected), 0)
+
+
+def check_attention(dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
+    """Attention of ragged rows and its gradient, without the filler, whose outputs have no meaning."""
+    torch.manual_seed(1)
+    _, rows = pack_tokens([[1] * length for length in LENGTHS], 0, device, False)
+    qkv = torch.randn(len(rows.positions), 3 * 128, device=device).to(dtype).requires_grad_()
+    dy = torch.randn(len(qkv), 128, device=device).to(dtype)
+    dy[rows.num_tokens :] = 0
+    exact_qkv = qkv.detach().double().requires_grad_()
+    got = gradients(attention(qkv, rows, 2, 0.125, 0.0), [qkv], dy)
+    exact = gradients(attention_reference(exact_qkv, rows, 2, 0.125, 0.0), [exact_qkv], dy.double())
+    got, exact = ([tensor[: rows.num_tokens] for tensor in tensors] for tensors in (got, exact))
+    yield verdict(f"attention, {dtype_name(dtype)}", worst_error(got, exact), BOUNDS[dtype])
+
+
+def check_head(dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
+    """The loss and its gradients, and GELU."""
+    torch.manual_seed(2)
+    hidden = torch.randn(300, 64, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(997, 64, device=device).to(dtype).requires_grad_()
+    targets = torch.randint(997, (300,), device=device)
+    one = torch.ones((), device=device)
+    exact_leaves = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    loss = cross_entropy(hidden, weight, targets)
+    exact_loss = cross_entropy_reference(*exact_leaves, targets)
+    got = gradients(loss, [hidden, weight], one.to(loss.dtype))
+    exact = gradients(exact_loss, exact_leaves, one.double())
+    yield verdict(f"cross-entropy, {dtype_name(dtype)}", worst_error(got, exact), BOUNDS[dtype])
+    exact_gelu = torch.nn.functional.gelu(exact_leaves[0], approximate="tanh")
+    yield verdict(f"GELU, {dtype_name(dtype)}", relative_error(gelu_tanh(hidden), exact_gelu), BOUNDS[dtype])
+
+
+# ---- models
+
+def small_model(mode: str, kernel: str, dtype: torch.dtype, device: torch.device) -> GPT:
+    """A model in a mode, with values at which every parameter matters."""
+    torch.manual_seed(3)
+    model = GPT(SHAPE)
+    model.init_weights(0)
+    modes.apply(model, mode, MODES[mode].Options())
+    for parameter in model.parameters():
+        if parameter.dim() == 2:  # LoRA's B and the adapters' output would be 0
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.set_compute_dtype(dtype)
+    model.set_kernel(kernel)
+    return model.to(device).train()
+
+
+def ragged_rows() -> list[Row]:
+    rng, rows = random.Random(4), []
+    for length in LENGTHS:
+        ids = [rng.randrange(SHAPE.vocab_size) for _ in range(length + 1)]
+        rows.append(Row(ids, ((max(1, length - 20), length + 1),)))
+    return rows
+
+
+def check_mode(mode: str, kernel: str, dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
+    """The loss of ragged rows and the gradient of every tuned parameter, and the losses of some steps."""
+    rows, name = ragged_rows(), f"{mode}{', ' + kernel if MODES[mode].uses_kernel else ''}, {dtype_name(dtype)}"
+
+    def loss_and_gradients(model: GPT) -> list[Tensor]:
+        tuned = list(modes.tuned_parameters(model).values())
+        loss = model.loss(model.pack(rows)).double()
+        return [loss.detach(), *torch.autograd.grad(loss, tuned)]
+
+    got = loss_and_gradients(small_model(mode, kernel, dtype, device))
+    with mock.patch.object(ops, "plain", True):
+        exact = loss_and_gradients(small_model(mode, "torch", torch.float64, torch.device("cpu")))
+    # as one vector: single gradients that are almost 0, such as that of a key's bias, have only errors of rounding
+    vectors = [torch.cat([tensor.double().cpu().flatten() for tensor in tensors[1:]]) for tensors in (got, exact)]
+    yield verdict(f"{name}: loss", relative_error(got[0], exact[0]), MODEL_BOUNDS[dtype])
+    yield verdict(f"{name}: gradients", relative_error(*vectors), MODEL_BOUNDS[dtype])
+
+
+def check_steps(mode: str, kernel: str, device: torch.device) -> Iterator[Result]:
+    """The losses of 8 steps in fp32 against those of the plain references on the CPU."""
+    def losses(model: GPT) -> Tensor:
+        optimizer, found = make_optimizer(model, 1e-3, 0.0), []
+        for _ in range(8):
+            loss, _ = train_step(model, [ragged_rows()], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            found.append(float(loss))
+        return torch.tensor(found)
+
+    got = losses(small_model(mode, kernel, torch.float32, device))
+    with mock.patch.object(ops, "plain", True):
+        expected = losses(small_model(mode, "torch", torch.float32, torch.device("cpu")))
+    yield verdict(f"{mode}: losses of 8 steps, float32", relative_error(got, expected), MODEL_BOUNDS[torch.float32])
+
+
+def check_decoding(device: torch.device) -> Iterator[Result]:
+    """Tokens of greedy decoding with the cache against those of the whole row, in float32."""
+    model = small_model("lora", "auto", torch.float32, device).eval()
+    prompts, new = [row.ids[:20] for row in ragged_rows()], 6
+    wrong = 0
+    for prompt, answer in zip(prompts, generate(model, prompts, new), strict=True):
+        row = Row([*prompt, *answer, 0], ())
+        with torch.no_grad():
+            hidden = model.hidden(model.pack([row]))[len(prompt) - 1 : len(prompt) - 1 + new]
+        wrong += sum(a != b for a, b in zip(model.logits(hidden).argmax(-1).tolist(), answer, strict=True))
+    yield verdict("decoding with a cache: other tokens than without", wrong, 0)
+
+
+def check_tests(file: str) -> Iterator[Result]:
+    """A file of the tests, on this device: the number of failed ones."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", f"tests/{file}"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    last = (ended.stdout.strip().splitlines() or ["no output"])[-1]
+    yield verdict(f"tests/{file}: {last}", ended.returncode, 0)
+
+
+# ---- the list
+
+def checks(device: torch.device, dry: bool) -> dict[str, Callable[[], Iterator[Result]]]:
+    """{name: check}, the quick ones first."""
+    found: dict[str, Callable[[], Iterator[Result]]] = {"masks": lambda: check_masks(device)}
+    dtypes = (torch.float32,) if dry else (torch.float32, torch.bfloat16)
+    for dtype in dtypes:
+        found[f"attention, {dtype_name(dtype)}"] = lambda dtype=dtype: check_attention(dtype, device)
+        found[f"head, {dtype_name(dtype)}"] = lambda dtype=dtype: check_head(dtype, device)
+    for kernel in OUR_KERNELS:
+        for case in layer_cases(dry):
+            for dtype in dtypes:
+                found[f"{kernel}, {case}, {dtype_name(dtype)}"] = (
+                    lambda case=case, kernel=kernel, dtype=dtype: check_layer(case, kernel, dtype, device))
+        if not dry:
+            case = Case(768, 2304, 2049, 8, 0.0, "qv")
+            found[f"{kernel}, replay"] = lambda case=case, kernel=kernel: check_replay(case, kernel, device)
+    for mode in MODES:
+        for kernel in OUR_KERNELS if MODES[mode].uses_kernel and not dry else ("torch",):
+            for dtype in dtypes:
+                found[f"{mode}, {kernel}, {dtype_name(dtype)}"] = (
+                    lambda mode=mode, kernel=kernel, dtype=dtype: check_mode(mode, kernel, dtype, device))
+            if not dry or mode == "lora":
+                found[f"{mode}, {kernel}, steps"] = lambda mode=mode, kernel=kernel: check_steps(mode, kernel, device)
+    found["decoding"] = lambda: check_decoding(device)
+    if not dry and importlib.util.find_spec("pytest"):
+        for file in TESTS:
+            if (ROOT / "tests" / file).exists():
+                found[f"tests/{file}"] = lambda file=file: check_tests(file)
+    return found
+
+
+def layer_cases(dry: bool) -> list[Case]:
+    """Layers with odd shapes, and those of GPT-2 that take the large tiles."""
+    if dry:
+        return [Case(24, 36, 20, 3, 0.3, "qv")]
+    return [Case(50, 90, 70, 5, 0.3, "qv"), Case(133, 140, 130, 3, 0.0), Case(768, 2304, 8192, 8, 0.0, "qv"),
+            Case(768, 2304, 8192, 16, 0.1, "qkv"), Case(768, 3072, 2048, 8, 0.1), Case(3072, 768, 2049, 64, 0.0),
+            Case(4096, 4096, 2049, 16, 0.0), Case(4096, 4096, 2049, 16, 0.1)]
