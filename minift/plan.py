@@ -96,14 +96,19 @@ def flops(func: Any, args: Any, result: Any) -> int:
     if packet in LEFT_MATRIX:
         left = args[LEFT_MATRIX[packet]]
         return 2 * result.numel() * left.shape[-1]  # every element of (M, N) sums K products
-    if "scaled_dot_product" in packet.__name__:  # torch has one for each kind of device
-        if packet.__name__.endswith("backward"):
+    name = packet.__name__
+    is_packed = name.startswith("_flash_attention")
+    if "scaled_dot_product" in name or is_packed:  # torch has one for each kind of device
+        if name.endswith("backward"):
             q, k = args[1:3]
             products = 5  # the scores again, and the gradients of the probabilities, q, k and v
         else:
             q, k = args[:2]
             products = 2  # q k^T and probabilities v
-        return 2 * products * q.numel() * k.shape[-2]
+        T = k.shape[-2]
+        if is_packed:  # q is (N, nh, hs), and the longest row the argument after the two cu_seqlens
+            T = args[8 if products == 5 else 5]
+        return 2 * products * q.numel() * T
     return 0
 
 

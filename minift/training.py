@@ -168,7 +168,7 @@ def largest_batch(rows: Sequence[Row], options: TrainOptions) -> Sequence[Row]:
     largest, largest_size = [], 0
     for micro_batches in steps:
         for batch in micro_batches:
-            # each row at the length of the longest, as attention on a GPU pads it
+            # each row at the length of the longest, as attention in fp32 on a GPU pads it
             size = len(batch) * lengths[batch].max()
             if size > largest_size:
                 largest, largest_size = batch, size

@@ -36,6 +36,6 @@ def logits(model: GPT, ids: Tensor) -> Tensor:
     return model.logits(hidden(model, ids))
 
 
-def packed_rows(seqlens: Sequence[int], round_shapes: bool = False) -> PackedRows:
+def packed_rows(seqlens: Sequence[int], round_shapes: bool = False, device: str = "cpu") -> PackedRows:
     """The layout of rows of these lengths."""
-    return pack_tokens([[1] * seqlen for seqlen in seqlens], 0, torch.device("cpu"), round_shapes)[1]
+    return pack_tokens([[1] * seqlen for seqlen in seqlens], 0, torch.device(device), round_shapes)[1]

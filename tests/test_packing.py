@@ -24,7 +24,7 @@ def test_where_tokens_and_targets_lie() -> None:
     batch = pack_rows(ROWS)
     rows = batch.rows
     assert rows.seqlens == [6, 2, 3] and rows.max_seqlen == 6 and rows.num_tokens == 11
-    assert rows.cu_seqlens.tolist() == [0, 6, 8, 11] and rows.cu_seqlens.dtype == torch.int32
+    assert rows.cu_seqlens.tolist() == [0, 6, 8, 11, 64] and rows.cu_seqlens.dtype == torch.int32
     assert batch.tokens[:11].tolist() == [11, 12, 13, 14, 15, 16, 21, 22, 31, 32, 33]
     assert rows.row_ids[:11].tolist() == [0] * 6 + [1] * 2 + [2] * 3
     assert rows.positions[:11].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 0, 1, 2]
@@ -46,7 +46,7 @@ def test_filler_repeats_the_first_token() -> None:
 def test_reserved_positions_in_front_of_each_row() -> None:
     """Every row's tokens and targets move by them; no target is among them."""
     batch, without = pack_rows(ROWS, prompt_tokens=3), pack_rows(ROWS)
-    assert batch.rows.seqlens == [9, 5, 6] and batch.rows.cu_seqlens.tolist() == [0, 9, 14, 20]
+    assert batch.rows.seqlens == [9, 5, 6] and batch.rows.cu_seqlens.tolist() == [0, 9, 14, 20, 64]
     assert batch.rows.positions[9:14].tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(batch.targets, without.targets)
     assert batch.target_positions.tolist() == [3, 4, 7, 8, 13]

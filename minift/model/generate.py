@@ -86,4 +86,4 @@ def pack_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Batch, Tensor]:
     """Prompts as a batch without targets, and the indices (B,) of their last tokens in the N tokens."""
     # pack leaves out the last token of a row, which in training is a target only: give it one more
     batch = model.pack([Row([*prompt, 0], ()) for prompt in prompts])
-    return batch, batch.rows.cu_seqlens[1:].long() - 1
+    return batch, batch.rows.cu_seqlens[1:-1].long() - 1

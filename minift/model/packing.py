@@ -52,6 +52,7 @@ def pack_tokens(sequences: Sequence[list[int]], prompt_tokens: int, device: torc
         row_ids += [row] * seqlens[row]
         positions += range(seqlens[row])
         cu_seqlens.append(len(tokens))
+    cu_seqlens.append(len(tokens) + filler)
 
     def tensor(values: list[int]) -> Tensor:
         # the filler repeats the values of the first token: valid ids and positions, and nothing reads their results

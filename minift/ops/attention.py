@@ -13,11 +13,13 @@ from torch import Tensor
 
 from minift import ops
 from minift.ops.dropout import drop
+from minift.ops.flash_attention import flash_attention, takes_flash
 
 # oneDNN compiles one kernel for each shape of a matrix product. With row lengths and their total rounded up,
 # ragged batches share a few shapes.
 ROUND_LEN = 32
 ROUND_TOTAL = 128
+ROUND_PADDED = 64  # the same for cuDNN, which makes a plan for each length of the padded rows
 QUERY_BLOCK = 512  # queries of a row whose probabilities exist at one time; shorter rows keep theirs
 # The most probabilities of a group of rows that are attended together. With a small model, one call then takes many
 # rows.
@@ -28,11 +30,11 @@ MAX_SCORES = 2**20
 class PackedRows:
     """The layout of B ragged rows in (N, ...) tensors: row after row, then some filler tokens.
 
-    N includes the filler: it rounds N up, and its results are never used.
+    N includes the filler: it rounds N up, and its results are never used. On a GPU the filler is one more row.
     """
 
     seqlens: list[int]  # the tokens of each row; on the host, so that no GPU must be waited for
-    cu_seqlens: Tensor  # (B + 1,) int32: the start of each row, and the end of the last
+    cu_seqlens: Tensor  # (B + 2,) int32: the start of each row and of the filler, and N
     row_ids: Tensor  # (N,): the row of each token
     positions: Tensor  # (N,): the position of each token in its row
 
@@ -44,6 +46,11 @@ class PackedRows:
     @property
     def max_seqlen(self) -> int:
         return max(self.seqlens)
+
+    @property
+    def max_cu_seqlen(self) -> int:
+        """The longest row of cu_seqlens, which has the filler too."""
+        return max(self.max_seqlen, len(self.positions) - self.num_tokens)
 
     @property
     def slices(self) -> list[slice]:
@@ -94,6 +101,8 @@ def attention(qkv: Tensor, rows: PackedRows, n_head: int, scale: float, dropout:
     """
     if ops.plain:
         return attention_reference(qkv, rows, n_head, scale, dropout)
+    if takes_flash(qkv, n_head):
+        return flash_attention(qkv, rows.cu_seqlens, rows.max_cu_seqlen, n_head, scale, dropout)
     if qkv.device.type != "cpu":
         return padded_attention(qkv, rows, n_head, scale, dropout)
     # torch's fused attention takes 27 ms backward on a CPU where plain products take 4 (8 rows of 167 tokens in
@@ -113,8 +122,10 @@ def attention(qkv: Tensor, rows: PackedRows, n_head: int, scale: float, dropout:
 
 
 def padded_attention(qkv: Tensor, rows: PackedRows, n_head: int, scale: float, dropout: float) -> Tensor:
-    """torch's fused attention of all rows at once, each padded to the longest."""
-    B, T, num_tokens = len(rows.seqlens), rows.max_seqlen, rows.num_tokens
+    """torch's fused attention of all rows at once, each padded to the longest: for fp32, and for GPUs and builds of
+    torch without FlashAttention."""
+    # only T is rounded: there are few B, those of full batches and of the last of an epoch
+    B, T, num_tokens = len(rows.seqlens), round_up(rows.max_seqlen, ROUND_PADDED), rows.num_tokens
     padded_index = rows.row_ids * T + rows.positions  # (N,): each token's index in (B T)
     padded = qkv.new_zeros(B * T, qkv.shape[1])  # (B T, 3C)
     # without the filler, whose indices repeat that of a real token
