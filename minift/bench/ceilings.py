@@ -32,10 +32,10 @@ def linear_rate(tokens: int, inputs: int, outputs: int, dtype: torch.dtype, devi
     return 2 * tokens * inputs * outputs / statistics.median(times["linear"])  # 2: a multiplication and an addition
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+def matmul_rate(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...] | None = None) -> float:
     """FLOP/s of the fastest of several products of large square matrices."""
     best = 0.0
-    for size in MATRIX_SIZES["cuda" if device.type == "cuda" else "cpu"]:
+    for size in sizes or MATRIX_SIZES["cuda" if device.type == "cuda" else "cpu"]:
         a = torch.randn(size, size, device=device).to(dtype)
         b = torch.randn(size, size, device=device).to(dtype)
         times = time_in_turn({size: lambda a=a, b=b: a @ b}, SAMPLES, device)
@@ -43,9 +43,9 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     return best
 
 
-def copy_rate(device: torch.device) -> float:
+def copy_rate(device: torch.device, nbytes: int | None = None) -> float:
     """Bytes/s, read and written, of a copy that does not fit into the cache."""
-    nbytes = 2 * cache_bytes(device)
+    nbytes = nbytes or 2 * cache_bytes(device)
     if device.type == "cuda":
         nbytes = max(nbytes, COPY_BYTES)
     source = torch.randn(math.ceil(nbytes / 4), device=device)  # numbers of 4 bytes

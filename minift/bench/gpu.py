@@ -140,7 +140,7 @@ def worker(stage: Stage, first: int, context: Context) -> Iterator[Connection]:
     its messages arrive."""
     # a fork of a server that has imported torch: it starts at once, and inherits neither threads nor a GPU in use
     methods = multiprocessing.get_context("forkserver")
-    methods.set_forkserver_preload([__name__])
+    methods.set_forkserver_preload([__name__, "torch._dynamo"])  # every optimizer imports the second, for seconds
     receiver, sender = methods.Pipe(duplex=False)
     process = methods.Process(target=measure_units, args=(stage.name, first, context, sender))
     process.start()

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -129,6 +130,19 @@ def check_attention(dtype: torch.dtype, device: torch.device) -> Iterator[Result
     yield verdict(f"attention, {dtype_name(dtype)}", worst_error(got, exact), BOUNDS[dtype])
 
 
+def check_attention_dropout(device: torch.device) -> Iterator[Result]:
+    """The mean of 64 draws is near the result without dropout: 0.1 of the probabilities are dropped, the others
+    scaled. A draw alone is 0.2 and more away."""
+    torch.manual_seed(1)
+    _, rows = pack_tokens([[1] * length for length in LENGTHS], 0, device, False)
+    qkv = torch.randn(len(rows.positions), 3 * 128, device=device).bfloat16()
+    exact = attention_reference(qkv.double(), rows, 2, 0.125, 0.0)[: rows.num_tokens]
+    draws = [attention(qkv, rows, 2, 0.125, 0.1)[: rows.num_tokens].double() for _ in range(64)]
+    yield verdict("attention's dropout, mean of 64 draws", relative_error(sum(draws) / 64, exact), 0.1)
+    alone = relative_error(draws[0], exact)
+    yield verdict("attention's dropout, 1 / error of one draw", 1 / max(alone, 1e-9), 5)
+
+
 def check_head(dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
     """The loss and its gradients, and GELU."""
     torch.manual_seed(2)
@@ -220,7 +234,7 @@ def check_decoding(device: torch.device) -> Iterator[Result]:
 
 def check_tests(file: str) -> Iterator[Result]:
     """A file of the tests, on this device: the number of failed ones."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", f"tests/{file}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", f"tests/{file}"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = (ended.stdout.strip().splitlines() or ["no output"])[-1]
     yield verdict(f"tests/{file}: {last}", ended.returncode, 0)
@@ -228,40 +242,48 @@ def check_tests(file: str) -> Iterator[Result]:
 
 # ---- the list
 
-def checks(device: torch.device, dry: bool) -> dict[str, Callable[[], Iterator[Result]]]:
-    """{name: check}, the quick ones first."""
-    found: dict[str, Callable[[], Iterator[Result]]] = {"masks": lambda: check_masks(device)}
-    dtypes = (torch.float32,) if dry else (torch.float32, torch.bfloat16)
+Check = Callable[[], Iterator[Result]]
+
+
+def checks(device: torch.device, dry: bool) -> dict[str, Check]:
+    """{name: check}, the most important first."""
+    dtypes = (torch.float32,) if dry else (torch.bfloat16, torch.float32)
+    found: dict[str, Check] = {"masks": partial(check_masks, device)}
     for dtype in dtypes:
-        found[f"attention, {dtype_name(dtype)}"] = lambda dtype=dtype: check_attention(dtype, device)
-        found[f"head, {dtype_name(dtype)}"] = lambda dtype=dtype: check_head(dtype, device)
-    for kernel in OUR_KERNELS:
-        for case in layer_cases(dry):
-            for dtype in dtypes:
-                found[f"{kernel}, {case}, {dtype_name(dtype)}"] = (
-                    lambda case=case, kernel=kernel, dtype=dtype: check_layer(case, kernel, dtype, device))
-        if not dry:
-            case = Case(768, 2304, 2049, 8, 0.0, "qv")
-            found[f"{kernel}, replay"] = lambda case=case, kernel=kernel: check_replay(case, kernel, device)
-    for mode in MODES:
-        for kernel in OUR_KERNELS if MODES[mode].uses_kernel and not dry else ("torch",):
-            for dtype in dtypes:
-                found[f"{mode}, {kernel}, {dtype_name(dtype)}"] = (
-                    lambda mode=mode, kernel=kernel, dtype=dtype: check_mode(mode, kernel, dtype, device))
-            if not dry or mode == "lora":
-                found[f"{mode}, {kernel}, steps"] = lambda mode=mode, kernel=kernel: check_steps(mode, kernel, device)
-    found["decoding"] = lambda: check_decoding(device)
+        found[f"attention, {dtype_name(dtype)}"] = partial(check_attention, dtype, device)
+        found[f"head, {dtype_name(dtype)}"] = partial(check_head, dtype, device)
+    if not dry:
+        found["attention's dropout"] = partial(check_attention_dropout, device)
+    found |= layer_checks(device, dry)
+    for dtype in dtypes:
+        for mode in MODES:
+            for kernel in OUR_KERNELS if MODES[mode].uses_kernel and not dry else ("torch",):
+                found[f"{mode}, {kernel}, {dtype_name(dtype)}"] = partial(check_mode, mode, kernel, dtype, device)
+    for mode in ("lora",) if dry else MODES:
+        found[f"{mode}, steps"] = partial(check_steps, mode, "auto", device)
+    found["decoding"] = partial(check_decoding, device)
     if not dry and importlib.util.find_spec("pytest"):
         for file in TESTS:
             if (ROOT / "tests" / file).exists():
-                found[f"tests/{file}"] = lambda file=file: check_tests(file)
+                found[f"tests/{file}"] = partial(check_tests, file)
     return found
 
 
-def layer_cases(dry: bool) -> list[Case]:
-    """Layers with odd shapes, and those of GPT-2 that take the large tiles."""
+def layer_checks(device: torch.device, dry: bool) -> dict[str, Check]:
+    """Layers of GPT-2, which take the large tiles, and odd shapes."""
+    large = [Case(768, 2304, 8192, 8, 0.0, "qv"), Case(768, 2304, 8192, 16, 0.1, "qkv"),
+             Case(4096, 4096, 2049, 16, 0.0), Case(4096, 4096, 2049, 16, 0.1), Case(768, 3072, 2048, 8, 0.1),
+             Case(3072, 768, 2049, 64, 0.0)]
+    odd = [Case(50, 90, 70, 5, 0.3, "qv"), Case(133, 140, 130, 3, 0.0)]
+    pairs = [(case, torch.bfloat16) for case in large + odd] + [(case, torch.float32) for case in odd]
     if dry:
-        return [Case(24, 36, 20, 3, 0.3, "qv")]
-    return [Case(50, 90, 70, 5, 0.3, "qv"), Case(133, 140, 130, 3, 0.0), Case(768, 2304, 8192, 8, 0.0, "qv"),
-            Case(768, 2304, 8192, 16, 0.1, "qkv"), Case(768, 3072, 2048, 8, 0.1), Case(3072, 768, 2049, 64, 0.0),
-            Case(4096, 4096, 2049, 16, 0.0), Case(4096, 4096, 2049, 16, 0.1)]
+        pairs = [(Case(24, 36, 20, 3, 0.3, "qv"), torch.float32)]
+    found: dict[str, Check] = {}
+    for case, dtype in pairs:
+        for kernel in OUR_KERNELS:
+            found[f"{kernel}, {case}, {dtype_name(dtype)}"] = partial(check_layer, case, kernel, dtype, device)
+    if not dry:
+        for kernel in OUR_KERNELS:
+            case = Case(768, 2304, 2049, 8, 0.0, "qv")
+            found[f"{kernel}, replay"] = partial(check_replay, case, kernel, device)
+    return found

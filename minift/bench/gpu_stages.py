@@ -1,5 +1,5 @@
-"""The stages of `python -m minift.bench gpu`, in order. A stage has units, the most important first, and a function that
-measures one unit and yields its results. Each result names its table of report.TABLES.
+"""The stages of `python -m minift.bench gpu`, in order. A stage has units, the most important first, and a function
+that measures one unit and yields its results. Each result names its table of report.TABLES.
 
 Every stage has two sizes: that of the half hour on a GPU, and a tiny one for --dry on a CPU.
 """
@@ -31,7 +31,7 @@ from minift.bench.train import TrainBenchOptions, count_tokens, random_steps
 from minift.device import choose_dtype, machine_name
 from minift.errors import UserError
 from minift.modes import MODES
-from minift.ops import attention, kernel_choice
+from minift.ops import attention, flash_attention, kernel_choice
 from minift.ops.kernel_choice import RULE_FILE, gpu_generation, read_rule, why_no_triton, write_rule
 
 Result = dict[str, Any]
@@ -95,12 +95,13 @@ def measure_machine(unit: str, context: Context) -> Iterator[Result]:
                                    text=True, timeout=30)
             yield fact(f"nvidia-smi: {names}", ended.stdout.strip() or ended.stderr.strip())
     elif unit == "products":
-        rate = ceilings.matmul_rate(context.dtype, device)
+        rate = ceilings.matmul_rate(context.dtype, device, (128,) if context.dry else None)
         yield fact("flops_per_second", f"{rate / 1e12:.4g} TFLOP/s, the fastest of square products", rate)
     else:
-        rate, cache = ceilings.copy_rate(device), ceilings.cache_bytes(device)
+        cache = ceilings.cache_bytes(device)
+        rate = ceilings.copy_rate(device, 2**20 if context.dry else None)
         yield fact("bytes_per_second", f"{rate / 1e9:.4g} GB/s read and written, a large copy", rate)
-        yield fact("ring_bytes", f"{cache / 2**20:.0f} MiB in the last-level cache", 2 * cache)
+        yield fact("ring_bytes", f"twice {cache / 2**20:.0f} MiB, the last-level cache", 2 * cache)
 
 
 def package_version(package: str) -> str:
@@ -163,8 +164,11 @@ def make_rule(unit: None, context: Context) -> Iterator[Result]:
     """Write kernel_rule.json beside the report, and on a GPU that of this project, which the next stages follow."""
     path = context.folder / RULE_FILE.name
     shutil.copy(RULE_FILE, path)
+    layers = [result for result in context.results if result["table"] == "layers"]
+    if context.dry:  # eager times in the place of those of graphs, which a CPU has not
+        layers += [result | {"launch": "graph"} for result in layers]
     gpu = "dry" if context.dry else gpu_generation(context.device)
-    write_rule(path, kernels.rule_measurements(list(context.results), gpu))
+    write_rule(path, kernels.rule_measurements(layers, gpu))
     if not context.dry:
         shutil.copy(path, RULE_FILE)
         read_rule.cache_clear()
@@ -215,24 +219,33 @@ def train_options(size: str, batch: int, ragged: bool, dry: bool) -> TrainBenchO
 
 @contextlib.contextmanager
 def attention_of(padded: bool) -> Iterator[None]:
-    """While entered, attention pads the rows if `padded`; otherwise it takes what is fastest on the device."""
+    """While entered, attention pads the rows if `padded`; otherwise it takes the fastest form of the device."""
     if padded:
-        with mock.patch.object(attention, "takes_flash", lambda *_: False, create=True):
+        with mock.patch.object(attention, "takes_flash", lambda *_: False):
             yield
     else:
         yield
 
 
+def attention_name(padded: bool, context: Context) -> str | None:
+    """The form of attention that a GPU takes; None on a CPU."""
+    if context.dry:
+        return None
+    has_packed = context.dtype in flash_attention.DTYPES and flash_attention.has_flash(context.device)
+    return "packed" if has_packed and not padded else "padded"
+
+
 def measure_training(unit: TrainUnit, context: Context) -> Iterator[Result]:
     if unit.kernel:
         kernel_choice.check_kernel(unit.kernel, context.device)
-    options = replace(train_options(unit.size, unit.batch, unit.ragged, context.dry), mode=unit.mode, kernel=unit.kernel)
+    options = train_options(unit.size, unit.batch, unit.ragged, context.dry)
+    options = replace(options, mode=unit.mode, kernel=unit.kernel)
     chosen = train.mode_options(unit.mode, options)
     with attention_of(unit.padded):
         result = train.measure(unit.mode, chosen, options, context.dtype, context.device)
     share = result["flops_per_second"] / context.facts["flops_per_second"]
     yield {"table": "train", "size": unit.size, "batch": unit.batch, "rows": "ragged" if unit.ragged else "equal",
-           "kernel": unit.kernel, "attention": "padded" if unit.padded else "packed", "graphs": None,
+           "kernel": unit.kernel, "attention": attention_name(unit.padded, context), "graphs": None,
            "product_share": share} | result
 
 
@@ -301,12 +314,12 @@ def run_stack(unit: PeerUnit, options: TrainBenchOptions, flags: list[str], cont
 # ---- decoding
 
 def decode_units(dry: bool) -> dict[str, Any]:
-    small = {"prompt_tokens": 10, "new_tokens": 4, "repeats": 1}
     if dry:
-        units = [decode.DecodeOptions(size="tiny", mode="lora", batch=2, **small)]
+        units = [decode.DecodeOptions("tiny", "lora", 2, prompt_tokens=10, new_tokens=4, repeats=1)]
     else:
-        units = [decode.DecodeOptions(size=size, mode=mode, batch=batch, repeats=3) for size, mode, batch in (
-            ("gpt2", "full", 1), ("gpt2", "full", 16), ("gpt2", "lora", 16), ("gpt2", "full", 64), ("gpt2-xl", "full", 16))]
+        units = [decode.DecodeOptions("gpt2", "full", batch, repeats=3) for batch in (1, 16, 64)]
+        units += [decode.DecodeOptions(size, mode, 16, repeats=3)
+                  for size, mode in (("gpt2", "lora"), ("gpt2-xl", "full"))]
     return {f"{unit.mode}, {unit.size}, {unit.batch} rows": unit for unit in units}
 
 
@@ -317,7 +330,7 @@ def measure_decoding(unit: decode.DecodeOptions, context: Context) -> Iterator[R
 
 STAGES = (
     Stage("machine", "The machine", 1, machine_units, measure_machine),
-    Stage("checks", "Correctness on the device", 6, check_units, run_check),
+    Stage("checks", "Correctness on the device", 6, check_units, run_check, silence=300),
     Stage("kernels", "The low-rank update of one layer", 9, layer_units, measure_layer, silence=240),
     Stage("rule", "The rule of --kernel auto", 0.5, rule_units, make_rule),
     Stage("train", "Training", 8, train_units, measure_training),
