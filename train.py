@@ -24,6 +24,7 @@ import math
 import signal
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +60,9 @@ from minift.run.config import Config, TrainOptions
 from minift.run.extend import extend, how_to_extend
 from minift.run.folder import COMPARE, MetricsLog, StopSignals, choose_folder, finished, open_folder
 from minift.training import (
+    MicroBatches,
+    StepResult,
+    apply_step,
     bad_step,
     build,
     build_on_meta,
@@ -68,6 +72,7 @@ from minift.training import (
     largest_batch,
     learning_rate,
     make_optimizer,
+    reads_late,
     run_metadata,
     total_steps,
     train_step,
@@ -304,10 +309,15 @@ def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
     eval_every = options.eval_every or max(1, steps // 10)
     optimizer = make_optimizer(model, options.lr, options.weight_decay)
     metadata = run_metadata(config, task.base, rows)
-    initial = checkpoint.checksum(modes.tuned_parameters(model), {})
+    tuned = modes.tuned_parameters(model)
+    initial = checkpoint.checksum(tuned, {})
     progress = init_or_resume(model, config, rows, folder, metadata, optimizer)
     replica = replicate(model)
     view = TrainingView(task.display, config, folder, steps, progress)
+    # A GPU works on a step while the loss of the step before is read: steps that are begun, and not yet in `progress`.
+    unread: deque[tuple[MicroBatches, float, StepResult]] = deque()
+    most_unread = 1 if reads_late(model.device) else 0
+    stop = 0
     model.train()
     with StopSignals() as signals, MetricsLog(folder, progress.step) as log, view:
         if progress.step == 0:  # the start is the first candidate for the best parameters
@@ -317,30 +327,35 @@ def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
         for micro_batches in iterate_steps(rows["train"], options, progress.step):
             if progress.step >= steps or progress.early_stopped:
                 break
-            step_started = time.perf_counter()
-            lr = learning_rate(progress.step, steps, options)
+            if not unread:
+                clock = time.perf_counter()
+            begun = progress.step + len(unread)  # the steps before this one
+            lr = learning_rate(begun, steps, options)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            seed_step(options.seed, progress.step)
-            loss, grad_norm = train_step(model, micro_batches, options.clip, replica)
-            loss, stop = all_sum(loss, signals.received)
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                raise bad_step(model, loss, micro_batches, progress.step + 1, folder)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            seed_step(options.seed, begun)
+            result = train_step(model, micro_batches, options.clip, replica, tuned.values())
+            apply_step(optimizer, result)
+            unread.append((micro_batches, lr, result))
 
-            tokens = sum(len(row.ids) for batch in micro_batches for row in batch)
-            seconds = time.perf_counter() - step_started
-            progress.add_step(loss, tokens, seconds)
-            log.write(step=progress.step, loss=loss, lr=lr, grad_norm=grad_norm, tokens=tokens, seconds=seconds)
-            view.step(progress, loss, lr)
+            validates = (begun + 1) % eval_every == 0 or begun + 1 == steps
+            while len(unread) > (0 if validates or stop else most_unread):
+                micro_batches, lr, result = unread.popleft()
+                loss, grad_norm = result.read()
+                loss, stop = all_sum(loss, signals.received)
+                if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                    raise bad_step(model, loss, micro_batches, progress.step + 1, folder, options.seed, replica)
+                tokens = sum(len(row.ids) for batch in micro_batches for row in batch)
+                seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                progress.add_step(loss, tokens, seconds)
+                log.write(step=progress.step, loss=loss, lr=lr, grad_norm=grad_norm, tokens=tokens, seconds=seconds)
+                view.step(progress, loss, lr)
 
-            validated = progress.step % eval_every == 0 or progress.step == steps
-            if validated:
+            if validates:
                 val_loss = validate(model, rows["val"], options, folder, metadata, progress)
                 log.write(step=progress.step, train_loss=progress.train_loss, val_loss=val_loss)
                 view.validation(progress, val_loss, lr)
-            if validated or stop:
+            if validates or stop:
                 checkpoint.save_last(folder, model, metadata, optimizer, progress)
                 view.draw()
             if stop:

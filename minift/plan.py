@@ -121,6 +121,8 @@ class FakeValues(TorchDispatchMode):
             return 1
         if "generator" in kwargs:  # nothing is drawn at random
             kwargs["generator"] = None
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         return func(*args, **kwargs)
 
 

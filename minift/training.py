@@ -5,18 +5,18 @@ rows, one optimizer step, and the start, validation and resume of a run. The pla
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minift import modes
 from minift.data.dataset import batches, file_batches, row_lengths
 from minift.data.row_store import Examples
 from minift.device import choose_device, choose_dtype, peak_memory
-from minift.distributed import WORLD_SIZE, full_tensor, local_rows, to_device
+from minift.distributed import WORLD_SIZE, full_tensor, local_rows, seed_step, to_device
 from minift.errors import TrainingFailed, UserError
 from minift.files import checkpoint
 from minift.files.checkpoint import LAST, TUNED, Progress
@@ -101,7 +101,10 @@ def make_optimizer(model: GPT, lr: float, weight_decay: float) -> torch.optim.Ad
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
     fused = model.device.type != "mps"  # one kernel for all parameters; not on Apple's GPUs
-    return torch.optim.AdamW(groups, lr=lr, fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=fused)
+    if reads_late(model.device):
+        optimizer.found_inf = torch.zeros((), device=model.device)  # the fused kernel changes nothing where it is 1
+    return optimizer
 
 
 # ---- the steps
@@ -175,17 +178,43 @@ def largest_batch(rows: Sequence[Row], options: TrainOptions) -> Sequence[Row]:
     return [rows[number] for number in largest]
 
 
-def train_step(model: GPT, micro_batches: MicroBatches, clip: float,
-               replica: nn.Module | None = None) -> tuple[float, float]:
-    """Compute and clip the gradients of one optimizer step.
+class StepResult:
+    """The loss and the gradient norm of a step, which a GPU may still compute."""
 
-    Returns this rank's part of the loss in nats per target (the sum over the ranks is the loss of the step), and the
-    norm of the gradient before clipping. clip: the largest norm, 0 for no limit. replica: of distributed.replicate.
+    def __init__(self, losses: list[Tensor], grad_norm: Tensor):
+        self.numbers = torch.stack([*losses, grad_norm])  # on the device
+        self.on_host, self.copied = self.numbers, None
+        if self.numbers.is_cuda:
+            self.on_host = self.numbers.to("cpu", non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def read(self) -> tuple[float, float]:
+        """This rank's part of the loss in nats per target (the sum over the ranks is the loss of the step), and the
+        norm of the gradient before clipping. Waits for this step alone, not for one that was begun after it."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        *losses, grad_norm = self.on_host.tolist()
+        return sum(losses), grad_norm
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether the loss of a step is read only after the next step was begun. So a GPU always has work; on a CPU there
+    is no wait to save."""
+    return device.type == "cuda"
+
+
+def train_step(model: GPT, micro_batches: MicroBatches, clip: float, replica: nn.Module | None = None,
+               tuned: Collection[nn.Parameter] | None = None) -> StepResult:
+    """Compute and clip the gradients of one optimizer step, without waiting for a GPU.
+
+    clip: the largest norm, 0 for no limit. replica: of distributed.replicate. tuned: the values of
+    modes.tuned_parameters, for a caller that knows them already.
     """
     # The sum over all targets of the step divided by their number, not a mean of the means of micro-batches: so 1 x 8
     # rows and 8 x 1 row are the same step, and so are 2 x 4 on two ranks.
     targets_in_step = sum(row.num_targets for batch in micro_batches for row in batch)
-    loss_sum = 0.0
+    losses = []
     for number, batch in enumerate(micro_batches, start=1):
         packed = model.pack(local_rows(batch))  # the only place where training rows become tensors
         # ranks exchange gradients once a step, after the last micro-batch
@@ -194,10 +223,21 @@ def train_step(model: GPT, micro_batches: MicroBatches, clip: float,
         with no_exchange:
             loss = (replica or model.loss)(packed) / targets_in_step
             (loss * WORLD_SIZE).backward()  # the exchange averages over the ranks, and a sum is needed
-        loss_sum += loss.item()
-    tuned = modes.tuned_parameters(model).values()
+        losses.append(loss.detach())
+    tuned = tuned or modes.tuned_parameters(model).values()
     grad_norm = nn.utils.clip_grad_norm_(tuned, clip or math.inf)  # inf: only compute the norm
-    return loss_sum, grad_norm.item()
+    return StepResult(losses, full_tensor(grad_norm))
+
+
+def apply_step(optimizer: torch.optim.Optimizer, result: StepResult) -> None:
+    """Update the parameters and free the gradients. After a loss or a gradient that is not finite, the parameters stay
+    as they are, in this step and in all later ones."""
+    if hasattr(optimizer, "found_inf"):  # the device decides, so that nothing waits for the numbers
+        optimizer.found_inf.masked_fill_(~result.numbers.isfinite().all(), 1.0)
+        optimizer.step()
+    elif all(map(math.isfinite, result.read())):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 # ---- the state of a run
@@ -265,9 +305,14 @@ def validate(model: GPT, val_rows: Examples, options: TrainOptions, folder: Path
     return val_loss
 
 
-def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, step: int, folder: Path) -> TrainingFailed:
+def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, step: int, folder: Path, seed: int,
+             replica: nn.Module | None) -> TrainingFailed:
     """The error for a loss or gradient that is not finite. It names the step, the parameter with the largest gradient,
     and the rows. The step was not applied, so saved parameters are good."""
+    # once more, since its gradients are gone
+    model.zero_grad()
+    seed_step(seed, step - 1)
+    train_step(model, micro_batches, 0.0, replica)
     norms = {}
     for name, parameter in modes.tuned_parameters(model).items():
         if parameter.grad is not None:

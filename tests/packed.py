@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minift.model.gpt import GPT
-from minift.model.packing import Batch, Row, pack_tokens
+from minift.model.packing import Batch, Row, pack
 from minift.ops.attention import PackedRows
 
 
@@ -38,4 +38,4 @@ def logits(model: GPT, ids: Tensor) -> Tensor:
 
 def packed_rows(seqlens: Sequence[int], round_shapes: bool = False, device: str = "cpu") -> PackedRows:
     """The layout of rows of these lengths."""
-    return pack_tokens([[1] * seqlen for seqlen in seqlens], 0, torch.device(device), round_shapes)[1]
+    return pack([Row([1] * (seqlen + 1), ()) for seqlen in seqlens], 0, torch.device(device), round_shapes).rows

@@ -18,10 +18,11 @@ import torch
 
 import eval as eval_script
 import train as train_script
-from minift import ops, plan
+from minift import ops, plan, training
 from minift.errors import run_script
 from minift.files import safetensors
 from minift.report import plot
+from minift.training import StepResult
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,12 +94,18 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], number: i
     """Send this process a signal in the middle of these steps, counted over all runs of a test."""
     train_step, count = train_script.train_step, iter(range(1, 10_000))
 
-    def step(*arguments: Any) -> tuple[float, float]:
+    def step(*arguments: Any) -> StepResult:
         if next(count) in steps:
             os.kill(os.getpid(), number)
         return train_step(*arguments)
 
     monkeypatch.setattr(train_script, "train_step", step)
+
+
+def read_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU read the loss of a step after the next one has begun, as for a GPU."""
+    for module in (training, train_script):
+        monkeypatch.setattr(module, "reads_late", lambda device: True)
 
 
 def evaluate(*arguments: Any) -> Ended:

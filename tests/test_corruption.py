@@ -19,6 +19,7 @@ from scripts import (
     files,
     json_of,
     metrics,
+    read_late,
     step_losses,
     tensors,
     train,
@@ -396,10 +397,22 @@ def with_a_bad_row(tmp_path: Path, model_folder: Path, common: list[str]) -> lis
     return ["--model", base, "--data", folder, *common[4:], "--order", "file", "--eval-every", 2]
 
 
-def test_a_step_that_is_not_finite_names_its_rows(with_a_bad_row: list[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_that_is_not_finite_names_its_rows(with_a_bad_row: list[Any], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    """Late: the step after it has begun when it is found. Neither changes a parameter."""
+    norms = []
+    if late:
+        read_late(monkeypatch)
+        with_a_bad_row += ["--eval-every", 9]  # a validation would read the step at once
+        step = script.train_step
+        monkeypatch.setattr(script, "train_step", lambda model, *others: norms.append(
+            sum(p.norm().item() for p in model.parameters() if p.requires_grad)) or step(model, *others))
     ended = train(*with_a_bad_row, "--out", tmp_path / "x")
     assert ended.code == 2 and "step 4: the loss is nan" in ended.err
     assert "train.jsonl:13, train.jsonl:14, train.jsonl:15, train.jsonl:16" in ended.err
     assert "train.jsonl:12" not in ended.err and "train.jsonl:17" not in ended.err
     assert len(step_losses(tmp_path / "x")) == 3
-    assert json.loads(checkpoint.read(tmp_path / "x" / LAST)[1]["progress"])["step"] == 2
+    assert json.loads(checkpoint.read(tmp_path / "x" / LAST)[1]["progress"])["step"] == (0 if late else 2)
+    if late:
+        assert len(norms) == 5 and norms[2] != norms[3] == norms[4]

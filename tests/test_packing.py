@@ -30,6 +30,7 @@ def test_where_tokens_and_targets_lie() -> None:
     assert rows.positions[:11].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 0, 1, 2]
     assert batch.target_positions.tolist() == [0, 1, 4, 5, 7]  # the token before each target
     assert batch.targets.tolist() == [12, 13, 16, 17, 23]
+    assert batch.padded_positions.tolist() == [0, 1, 4, 5, 7] + [0] * 59
     assert [row.num_targets for row in ROWS] == [4, 1, 0]
     assert [row.tolist() for row in map(batch.tokens.__getitem__, rows.slices)] == [row.ids[:-1] for row in ROWS]
 

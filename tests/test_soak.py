@@ -12,6 +12,7 @@ import torch
 from scripts import json_of, step_losses, trained, write_pairs
 
 import train as script
+from minift.training import StepResult
 
 STEPS, EVERY = 1500, 60
 
@@ -40,7 +41,7 @@ def test_thousands_of_steps_cost_no_memory(
     pairs = write_pairs(tmp_path / "pairs", rows=40)
     train_step, samples, steps = script.train_step, [], iter(range(STEPS))
 
-    def step(*arguments: Any) -> tuple[float, float]:
+    def step(*arguments: Any) -> StepResult:
         if next(steps) % EVERY == 0:
             gc.collect()
             handles = len(os.listdir("/proc/self/fd"))

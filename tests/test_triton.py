@@ -208,7 +208,7 @@ def test_twenty_steps_of_a_lora_run() -> None:
         optimizer = training.make_optimizer(model, settings.train.lr, 0.0)
         losses[kernel] = []
         for _ in range(20):
-            loss, _ = training.train_step(model, [BATCH], 1.0)
+            loss, _ = training.train_step(model, [BATCH], 1.0).read()
             optimizer.step()
             optimizer.zero_grad()
             losses[kernel].append(loss)

@@ -292,11 +292,8 @@ class GPT(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """The training objective: the sum of -log p over the targets of the batch, in nats. Logits are computed for
         targets alone. Validation and scores have their own loss (minift/report/metrics.py)."""
-        # each step has another n; rounded up to a multiple of 64, there are few shapes for oneDNN to compile
-        filler = -len(batch.target_positions) % 64
-        positions = F.pad(batch.target_positions, (0, filler))  # (n + filler,), the filler is position 0
-        hidden = self.hidden(batch, positions)  # (n + filler, C)
-        return cross_entropy(hidden, self.wte.weight, batch.targets)  # ignores the filler
+        hidden = self.hidden(batch, batch.padded_positions)  # (n or more, C)
+        return cross_entropy(hidden, self.wte.weight, batch.targets)  # ignores those after the first n
 
     # ---- settings
 
