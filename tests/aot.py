@@ -1,8 +1,8 @@
-"""python tests/aot.py: what the Triton kernels need on sm_80 and sm_90, with no GPU and no driver.
+"""python tests/aot.py: what the Triton kernels need on sm_80, sm_90 and sm_120, with no GPU and no driver.
 
 A layer's step is launched on meta tensors. Instead of running, each kernel is compiled as that launch would
 have it, and triton's own tools read registers, stack (spills), shared memory and matrix instructions.
-The last line is JSON. With --all, many ranks, shapes and dtypes: some ten minutes.
+The last line is JSON. With --all, many ranks, shapes and dtypes: some fifteen minutes.
 """
 
 import json
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,21 +22,46 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from minift.ops import lora_triton  # noqa: E402
+from minift.ops import lora_triton, lora_triton_tiles  # noqa: E402
+from minift.ops.kernel_choice import KERNELS  # noqa: E402
+from minift.ops.lora_triton_tiles import Gpu  # noqa: E402
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
+GPUS = {80: Gpu(108, 163), 90: Gpu(132, 227), 120: Gpu(170, 99)}  # A100, H100, GeForce RTX 5090
 QV = (0, 1536)
-# dtype, M, K, N, offsets, rank, dropout
-CASES = [(torch.bfloat16, 8192, 768, 2304, QV, 8, 0.1), (torch.float16, 8192, 4096, 4096, (0,), 64, 0.1),
-         (torch.float32, 1000, 1600, 1600, (0,), 64, 0.1)]
-ALL = [(dtype, M, K, N, offsets, rank, dropout)
-       for dtype in (torch.bfloat16, torch.float32) for M in (512, 16384)
-       for K, N, offsets in ((768, 2304, QV), (3072, 768, (0,)), (1601, 1601, (0,)))
+
+
+class Case(NamedTuple):
+    cc: int
+    kernel: str
+    dtype: torch.dtype
+    M: int
+    K: int
+    N: int
+    offsets: tuple[int, ...]
+    rank: int
+    dropout: float
+
+
+BF16 = torch.bfloat16
+CASES = [
+    Case(90, "hybrid", BF16, 8192, 768, 2304, QV, 8, 0.1),
+    Case(90, "triton", BF16, 8192, 768, 2304, QV, 8, 0.1),  # narrow tiles
+    Case(90, "triton", BF16, 8192, 4096, 4096, (0,), 64, 0.0),  # wide tiles
+    Case(90, "persistent", BF16, 8192, 768, 2304, QV, 8, 0.0),
+    Case(80, "triton", torch.float16, 8192, 768, 3072, (0,), 16, 0.1),
+    Case(120, "triton", BF16, 8192, 4096, 4096, (0,), 16, 0.1),
+]
+ALL = [Case(cc, kernel, dtype, M, K, N, offsets, rank, dropout)
+       for cc in GPUS for kernel in KERNELS[2:] if cc == 90 or kernel != "persistent"
+       for dtype in (BF16, torch.float32) for M in (2048, 16384)
+       for K, N, offsets in ((768, 2304, QV), (3072, 768, (0,)), (1601, 1601, (0,)), (4096, 4096, (0,)))
        for rank in (8, 32, 64, 256) for dropout in (0.0, 0.1)]
 
 
-def launches(cases: list[tuple]) -> dict[tuple, JITFunction]:
-    """{(signature, constants, divisible, options): kernel} of a step of every case, each once."""
+def launches(cases: list[Case]) -> dict[tuple, JITFunction]:
+    """{(compute capability, name, signature, constants, options, divisible): kernel} of a step of every case, each
+    once."""
     found: dict[tuple, JITFunction] = {}
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -55,25 +80,32 @@ def launches(cases: list[tuple]) -> dict[tuple, JITFunction]:
                 if type(value) is int and value % 16 == 0:
                     divisible.append(i)
         parts = (tuple(part.items()) for part in (signature, constants, options))
-        found[kernel.fn.__name__, *parts, tuple(divisible)] = kernel
+        found[case.cc, kernel.fn.__name__, *parts, tuple(divisible)] = kernel
 
     JITFunction.run = record
-    for dtype, M, K, N, offsets, rank, dropout in cases:
-        P, n = len(offsets), N // (3 if len(offsets) == 2 else 1)
-
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        x, weight = empty(M, K), empty(N, K)
-        A, B = empty(P * rank, K, dtype=torch.float32), empty(P * n, rank, dtype=torch.float32)
-        seed = empty(dtype=torch.int64) if dropout else None
-        y, h = lora_triton.forward(x, weight, empty(N), A, B, list(offsets), 2.0, dropout, seed)
-        lora_triton.backward(y, x, weight, A, B, h, list(offsets), 2.0, dropout, seed, True)
+    lora_triton.is_possible = lambda x, weight: x.itemsize == 2 and not (len(weight) | x.shape[1]) % 8
+    for case in cases:
+        lora_triton_tiles.WITHOUT_GPU = GPUS[case.cc]
+        run_step(case)
     return found
 
 
-def needs(kernel: JITFunction, key: tuple, cc: int) -> dict[str, Any]:
-    name, signature, constants, options, divisible = key
+def run_step(case: Case) -> None:
+    _, kernel, dtype, M, K, N, offsets, rank, dropout = case
+    P, n = len(offsets), N // (3 if len(offsets) == 2 else 1)
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weight = empty(M, K), empty(N, K)
+    A, B = empty(P * rank, K, dtype=torch.float32), empty(P * n, rank, dtype=torch.float32)
+    settings = list(offsets), 2.0, dropout, empty(dtype=torch.int64) if dropout else None
+    y, h = lora_triton.forward(x, weight, empty(N), A, B, *settings, kernel)
+    lora_triton.backward(y, x, weight, A, B, h, *settings, True, kernel)
+
+
+def needs(kernel: JITFunction, key: tuple) -> dict[str, Any]:
+    cc, name, signature, constants, options, divisible = key
     index = {argument: i for i, argument in enumerate(kernel.arg_names)}
     source = ASTSource(fn=kernel, signature=dict(signature),
                        constexprs={(index[n],): value for n, value in constants},
@@ -84,18 +116,21 @@ def needs(kernel: JITFunction, key: tuple, cc: int) -> dict[str, Any]:
         Path(file.name).write_bytes(made.asm["cubin"])
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True,
                                check=True).stdout
-    return {"kernel": name, "cc": cc, "dtype": dict(signature)["x" if "x" in index else "dy"],
-            "constants": str(constants), "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+    ptx = made.asm["ptx"]
+    return {"kernel": name, "cc": cc, "dtype": next(kind for _, kind in signature if kind[0] == "*"),
+            "constants": dict(constants), "options": dict(options),
+            "registers": int(re.search(r"REG:(\d+)", usage)[1]),
             "stack": sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
-            "shared": made.metadata.shared, "wgmma": made.asm["ptx"].count("wgmma.mma_async"),
-            "mma": made.asm["ptx"].count("mma.sync")}
+            "shared": made.metadata.shared, "limit": GPUS[cc].shared_kib * 1024,
+            "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync"),
+            "descriptors": ptx.count("cp.async.bulk.tensor"),
+            "waits": [int(n) for n in re.findall(r"(?:cp.async|wgmma).wait_group(?:.sync.aligned)?\s+(\d+)", ptx)]}
 
 
 if __name__ == "__main__":
     chosen = launches(ALL if "--all" in sys.argv else CASES)
     results = []
     for key, kernel in chosen.items():
-        for cc in (80, 90):
-            results.append(needs(kernel, key, cc))
-            print(results[-1], file=sys.stderr, flush=True)
+        results.append(needs(kernel, key))
+        print(results[-1], file=sys.stderr, flush=True)
     print(json.dumps(results))

@@ -1,8 +1,8 @@
 """Which implementation computes the low-rank update: `--kernel`.
 
 torch is the Function of lora.py. The others are in lora_triton.py, and run on NVIDIA GPUs alone: triton adds the update
-inside a matrix product in Triton, and hybrid leaves the large products to cuBLAS. `auto` follows kernel_rule.json, that
-a benchmark writes with `write_rule`.
+inside a matrix product in Triton, persistent does so in one for Hopper (sm_90), and hybrid leaves the large products to
+cuBLAS. `auto` follows kernel_rule.json, which a benchmark writes with `write_rule`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minift.errors import UserError
 
-KERNELS = ("auto", "torch", "triton", "hybrid")
+KERNELS = ("auto", "torch", "triton", "hybrid", "persistent")
 RULE_FILE = Path(__file__).with_name("kernel_rule.json")  # its "about" describes the format
 # The classes of layers, each from one number to below the next. With fewer than 512 inputs or tokens, little is gained.
 K_BOUNDS = (512, 1024, 2048, 4096)
@@ -29,7 +29,10 @@ def check_kernel(name: str, device: torch.device) -> None:
     """Raises UserError if `--kernel name` cannot run on the device."""
     if name in ("auto", "torch"):
         return
-    if reason := why_no_triton(device):
+    reason = why_no_triton(device)
+    if name == "persistent" and not reason and device.type == "cuda" and gpu_generation(device) != "sm_90":
+        reason = f"it is for sm_90 (H100, H200), and this GPU is {gpu_generation(device)}"
+    if reason:
         raise UserError(f"--kernel {name}: {reason}; leave it out")
 
 
@@ -67,7 +70,7 @@ def choose(kernel: str, x: Tensor, rank: int, dropout: float) -> str:
     """The implementation for x (M, K): `kernel` itself, and for auto that of the rule."""
     if kernel != "auto":
         return kernel
-    classes = read_rule()
+    classes = read_rule(RULE_FILE)
     # bf16 and fp16 alone are measured. In fp32 products are bound by arithmetic, and the update costs little.
     if not classes or not x.is_cuda or x.itemsize != 2 or why_no_triton(x.device):
         return "torch"
@@ -91,7 +94,7 @@ def bounds_of(value: int, bounds: tuple[int, ...]) -> str:
 
 
 @functools.cache
-def read_rule(path: Path = RULE_FILE) -> dict[str, dict[str, Any]]:
+def read_rule(path: Path) -> dict[str, dict[str, Any]]:
     """{class: {"kernel": ..., "graph_ratio": ..., "eager_ratio": ..., "shapes": ...}}. Raises UserError."""
     classes = json.loads(path.read_text(encoding="utf-8"))["classes"]
     for name, measured in classes.items():

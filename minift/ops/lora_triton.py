@@ -7,6 +7,8 @@ Backward:  expand  g = c dy B and dB = dy^T h, from one read of dy
            outer   dA = g^T drop(x)
            gemm    dx = dy W + keep * (g A); keep is the mask of the dropout
 
+kernel "persistent": the same with a persistent kernel for the large products (Hopper), without dropout's mask
+
 kernel "hybrid", where cuBLAS computes the large products:
 Forward:   shrink  h, and a copy [x, h] (M, K + J)
            augment [W, B_blocks] (N, K + J), with B_p in the rows of part p and the columns of h_p
@@ -30,6 +32,7 @@ from minift.ops.dropout import drop_threshold
 from minift.ops.lora_triton_gemm import gemm_kernel
 from minift.ops.lora_triton_hybrid import add_update, augment, augmented_width
 from minift.ops.lora_triton_kernels import expand_kernel, outer_kernel, shrink_kernel, sum_kernel
+from minift.ops.lora_triton_persistent import is_possible, persistent_gemm
 from minift.ops.lora_triton_tiles import gemm_tiles, gpu_of, rank_tile, split_length
 
 
@@ -116,6 +119,14 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, o
         **tiles,
     )
     return y
+
+
+def product(kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor,
+            offsets: tuple[int, ...]) -> Tensor:
+    """x weight^T + bias, plus h_p B_p^T in the columns of every part p. h has the dropout already."""
+    if kernel == "persistent" and is_possible(x, weight):
+        return persistent_gemm(x, weight, bias, h, B, offsets)
+    return gemm(x, weight, bias, h, B, offsets, 0.0, None)
 
 
 def outer(x: Tensor, g: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
@@ -216,7 +227,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
             y = F.linear(x_copy, augment(weight, B.to(x.dtype), tuple(offsets), x_copy.shape[1]), bias)
         else:
             shrink(x, A, c, dropout, seed, h)
-            y = gemm(x, weight, bias, h, B, tuple(offsets), 0.0, None)  # no dropout: h has it already
+            y = product(kernel, x, weight, bias, h, B, tuple(offsets))
         return y, h
 
 
@@ -229,12 +240,13 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Ten
         dA = outer(x, g, dropout, seed)
         if not need_dx:
             dx = x.new_empty(0)
-        elif kernel == "hybrid":
+        elif kernel == "hybrid" or kernel == "persistent" and dropout:
             dx = dy @ weight
             add_update(dx, g, A, dropout, seed)
-        else:
-            # dx = dy W + g A has the form of y = x W^T + h B^T, with a single part
+        elif dropout:
             dx = gemm(dy, weight.T, None, g, A.T, (0,), dropout, seed)
+        else:  # it has the form of y = x W^T + h B^T, with a single part
+            dx = product(kernel, dy, weight.T, None, g, A.T, (0,))
         return dx, dA.to(A.dtype), dB.to(B.dtype)
 
 

@@ -16,7 +16,7 @@ def add_update(
     rows, columns,  # (BM,), (BN,)
     first,
     M, n,
-    stride_bn, stride_br,
+    stride_bn: tl.constexpr, stride_br: tl.constexpr,
     OFFSETS: tl.constexpr, R: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr,
 ):
@@ -48,7 +48,7 @@ def gemm_kernel(
     M, N, K, n,
     stride_xm, stride_xk,
     stride_wn, stride_wk,
-    stride_bn, stride_br,
+    stride_bn: tl.constexpr, stride_br: tl.constexpr,
     threshold,
     OFFSETS: tl.constexpr, R: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr,

@@ -36,7 +36,7 @@ def augment(weight: Tensor, B: Tensor, offsets: tuple[int, ...], width: int) -> 
         weight.stride(0), weight.stride(1),
         B.stride(0), B.stride(1),
         OFFSETS=offsets, R=B.shape[1],
-        BN=BN, BK=BK,
+        BN=BN, BK=BK, num_warps=8,
     )
     return wide
 
@@ -50,10 +50,10 @@ def add_update(dx: Tensor, g: Tensor, A: Tensor, dropout: float, seed: Tensor | 
         dx,
         g, A,
         seed,
-        M, K, len(A),
+        M, K,
         A.stride(0), A.stride(1),
         drop_threshold(dropout),
-        DROPOUT=dropout > 0,
+        J=len(A), DROPOUT=dropout > 0,
         BM=BM, BK=BK, BJ=rank_tile(len(A), dx.dtype),
         num_warps=8, num_stages=2,
     )
@@ -65,7 +65,7 @@ def augment_kernel(
     wide,  # (N, K + padding of P R), contiguous
     N, K, n, width,
     stride_wn, stride_wk,
-    stride_bn, stride_br,
+    stride_bn: tl.constexpr, stride_br: tl.constexpr,
     OFFSETS: tl.constexpr, R: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):
@@ -94,10 +94,10 @@ def add_kernel(
     dx,  # (M, K), contiguous
     g, a,  # (M, J), (J, K)
     seed,
-    M, K, J,
+    M, K,
     stride_aj, stride_ak,
     threshold,
-    DROPOUT: tl.constexpr,
+    J: tl.constexpr, DROPOUT: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr,
 ):
     """dx += keep * (g a), in place. Each program computes a tile (BM, BK) of dx."""

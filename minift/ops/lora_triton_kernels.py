@@ -8,7 +8,8 @@ Products of fp32 are computed in fp32: "ieee" switches TF32 off.
 
 Letters as in lora.py, with R for r, and J = P R, the columns of h. BM, BN, BK, BJ and BR are the sizes of tiles. A
 stride is named after its tensor and dimension: stride_xm. Offsets in x, dy and the weight may need 64 bits, so the
-numbers of rows and columns are cast before they are multiplied.
+numbers of rows and columns are cast before they are multiplied. The strides of thin matrices are constants: with rank 8
+a row has 16 bytes, and a kernel that does not know this loads one number at a time, and not while it multiplies.
 """
 
 import os
@@ -115,7 +116,7 @@ def expand_kernel(
     db,  # (chunks, P n, R) in fp32
     M, n, length,
     stride_dm, stride_dn,
-    stride_bn, stride_br,
+    stride_bn: tl.constexpr, stride_br: tl.constexpr,
     OFFSETS: tl.constexpr, R: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):
@@ -159,7 +160,7 @@ def outer_kernel(
     seed,
     M, K, J,
     stride_xm, stride_xk,
-    stride_gm,
+    stride_gm: tl.constexpr,
     threshold,
     DROPOUT: tl.constexpr,
     CHUNK: tl.constexpr,

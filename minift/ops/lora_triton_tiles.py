@@ -20,16 +20,17 @@ class Gpu(NamedTuple):
     shared_kib: int  # the most shared memory of a block
 
 
-H100 = Gpu(132, 227)
+WITHOUT_GPU = Gpu(132, 227)  # an H100, for Triton's interpreter
 # {compute capability: shared_kib}, CUDA C++ Programming Guide, table of technical specifications; elsewhere 99
 SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 
 
-@functools.cache
 def gpu_of(device: torch.device) -> Gpu:
-    """The facts of the device; in Triton's interpreter, without a GPU, those of an H100."""
-    if device.type != "cuda":
-        return H100
+    return cuda_gpu(device) if device.type == "cuda" else WITHOUT_GPU
+
+
+@functools.cache
+def cuda_gpu(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
     return Gpu(properties.multi_processor_count, SHARED_KIB.get((properties.major, properties.minor), 99))
 
@@ -41,12 +42,20 @@ def gemm_tiles(gpu: Gpu, dtype: torch.dtype, M: int, N: int, K: int, rank: int, 
         return dict(BM=64, BN=64, BK=32, num_warps=8, num_stages=2)
     wide = dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3)
     narrow = wide | dict(BN=128)
-    if gpu.shared_kib < 160:
-        return narrow | dict(num_stages=2)
-    # With wide tiles x is read less often. A large rank or a dropout mask would leave too few registers.
-    if rank > 64 or dropout:
+    # With wide tiles x is read less often. A large rank or a dropout mask would leave too few registers. So would
+    # sm_120: its matrix instructions take their factors from registers.
+    if rank > 64 or dropout or gpu.shared_kib < 160:
         return narrow
     return min(wide, narrow, key=lambda tiles: gemm_time(gpu, M, N, tiles))  # wide, if they are equal
+
+
+def persistent_tiles(gpu: Gpu, M: int, N: int, rank: int) -> dict[str, int]:
+    """The same for persistent_kernel. The limit is the shared memory, which also holds a tile of y, h and B."""
+    wide = dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3)
+    narrow = wide | dict(BN=128)
+    if rank > 32:
+        return narrow
+    return min(wide, narrow, key=lambda tiles: gemm_time(gpu, M, N, tiles))
 
 
 def gemm_time(gpu: Gpu, M: int, N: int, tiles: dict[str, int]) -> int:
