@@ -140,6 +140,7 @@ def test_the_units_of_the_half_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first == TrainUnit("gpt2", "lora", 8, "auto") and options.tokens - 1 == 170
     assert {(unit.size, unit.mode) for unit in units["train"].values()} == {
         (size, mode) for size in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") for mode in bench_train.MODES}
+    assert set(layers.OUR_KERNELS) <= layers.NAMES.keys()
     for unit in units["kernels"].values():
         assert set(unit.rows) <= layers.NAMES.keys() and unit.case.work("torch", 2)
     assert {unit.case.M for unit in units["kernels"].values()} == {2048, 8192, 16384}
@@ -165,8 +166,8 @@ def test_each_kernel_alone() -> None:
     """In Triton's interpreter: that each can be called, not its speed."""
     case, facts = layers.Case(16, 48, 20, 3, 0.1, "qv"), {"flops_per_second": 1e9, "bytes_per_second": 1e9}
     ring = layers.make_ring(case, torch.float32, CPU, 0)
-    found = {result["part"]: result for result in parts.measure(case, ring, True, 1, facts)}
-    assert len(found) == 10 and all(result["ms"] > 0 for result in found.values())
+    found = {result["part"]: result for result in parts.measure(case, ring, layers.OUR_KERNELS, 1, facts)}
+    assert len(found) == 11 and all(result["ms"] > 0 for result in found.values())
     assert found["y = x W^T, torch"]["floor_ms"] == pytest.approx(2 * 20 * 16 * 48 / 1e9 * 1e3)  # bound by its FLOPs
     few_bytes = 4 * (20 * 16 + 20 * 6) + 4 * 6 * 16
     assert found["dA = g^T x, outer"]["floor_ms"] == pytest.approx(max(2 * 20 * 6 * 16, few_bytes) / 1e9 * 1e3)

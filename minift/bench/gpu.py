@@ -75,11 +75,12 @@ def bench_gpu(arguments: list[str]) -> None:
 
 
 def parse_stages(text: str) -> list[Stage]:
-    """The stages of a comma list, in their order. Raises UserError."""
+    """The stages of a comma list, in their order, and that of the machine, whose rates the others need. Raises
+    UserError."""
     chosen, names = text.split(","), [stage.name for stage in STAGES]
     if others := sorted(set(chosen) - set(names)):
         raise UserError(f"--stages {text}: there is no {', '.join(others)}; there are {', '.join(names)}")
-    return [stage for stage in STAGES if stage.name in chosen]
+    return [stage for stage in STAGES if stage.name in ("machine", *chosen)]
 
 
 def stop_reason(signals: StopSignals) -> str:

@@ -23,14 +23,15 @@ from minift.bench.layers import OUR_KERNELS, SCALE, Case, make_ring
 from minift.device import dtype_name
 from minift.model.generate import generate
 from minift.model.gpt import GPT, GPTConfig
-from minift.model.packing import Row, pack_tokens
+from minift.model.packing import Row, pack
 from minift.modes import MODES
 from minift.ops.attention import attention, attention_reference
 from minift.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from minift.ops.dropout import dropout_reference, keep_mask
 from minift.ops.gelu import gelu_tanh
+from minift.ops.kernel_choice import check_kernel
 from minift.ops.lora import lora_linear
-from minift.training import make_optimizer, train_step
+from minift.training import apply_step, make_optimizer, train_step
 
 ROOT = Path(__file__).parents[2]
 Result = dict[str, Any]
@@ -76,6 +77,7 @@ def check_masks(device: torch.device) -> Iterator[Result]:
 
 def check_layer(case: Case, kernel: str, dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
     """lora_linear and its gradients against the plain reference in float64, with the same mask."""
+    check_kernel(kernel, device)
     layer = make_ring(case, dtype, device, 0)[0]
     names = ("x", "weight", "bias", "A", "B")
 
@@ -94,6 +96,7 @@ def check_layer(case: Case, kernel: str, dtype: torch.dtype, device: torch.devic
 
 def check_replay(case: Case, kernel: str, device: torch.device) -> Iterator[Result]:
     """Forward and backward pass replayed from a CUDA graph give the same bits as launched one by one."""
+    check_kernel(kernel, device)
     layer = make_ring(case, torch.bfloat16, device, 0)[0]
     leaves = [layer[name] for name in ("x", "A", "B")]
 
@@ -119,7 +122,7 @@ def check_replay(case: Case, kernel: str, device: torch.device) -> Iterator[Resu
 def check_attention(dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
     """Attention of ragged rows and its gradient, without the filler, whose outputs have no meaning."""
     torch.manual_seed(1)
-    _, rows = pack_tokens([[1] * length for length in LENGTHS], 0, device, False)
+    rows = pack(ragged_rows(), 0, device, False).rows
     qkv = torch.randn(len(rows.positions), 3 * 128, device=device).to(dtype).requires_grad_()
     dy = torch.randn(len(qkv), 128, device=device).to(dtype)
     dy[rows.num_tokens :] = 0
@@ -134,7 +137,7 @@ def check_attention_dropout(device: torch.device) -> Iterator[Result]:
     """The mean of 64 draws is near the result without dropout: 0.1 of the probabilities are dropped, the others
     scaled. A draw alone is 0.2 and more away."""
     torch.manual_seed(1)
-    _, rows = pack_tokens([[1] * length for length in LENGTHS], 0, device, False)
+    rows = pack(ragged_rows(), 0, device, False).rows
     qkv = torch.randn(len(rows.positions), 3 * 128, device=device).bfloat16()
     exact = attention_reference(qkv.double(), rows, 2, 0.125, 0.0)[: rows.num_tokens]
     draws = [attention(qkv, rows, 2, 0.125, 0.1)[: rows.num_tokens].double() for _ in range(64)]
@@ -185,7 +188,8 @@ def ragged_rows() -> list[Row]:
 
 
 def check_mode(mode: str, kernel: str, dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
-    """The loss of ragged rows and the gradient of every tuned parameter, and the losses of some steps."""
+    """The loss of ragged rows and the gradient of every tuned parameter."""
+    check_kernel(kernel, device)
     rows, name = ragged_rows(), f"{mode}{', ' + kernel if MODES[mode].uses_kernel else ''}, {dtype_name(dtype)}"
 
     def loss_and_gradients(model: GPT) -> list[Tensor]:
@@ -207,10 +211,9 @@ def check_steps(mode: str, kernel: str, device: torch.device) -> Iterator[Result
     def losses(model: GPT) -> Tensor:
         optimizer, found = make_optimizer(model, 1e-3, 0.0), []
         for _ in range(8):
-            loss, _ = train_step(model, [ragged_rows()], 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            found.append(float(loss))
+            result = train_step(model, [ragged_rows()], 1.0)
+            apply_step(optimizer, result)
+            found.append(result.read()[0])
         return torch.tensor(found)
 
     got = losses(small_model(mode, kernel, torch.float32, device))

@@ -40,7 +40,7 @@ from minift.bench.layers import (
 from minift.bench.timing import SAMPLE_SECONDS, WARMUP, time_in_turn
 from minift.device import DEVICES, DTYPES, choose_device, choose_dtype, dtype_name, machine_name
 from minift.errors import UserError
-from minift.ops.kernel_choice import RULE_FILE, gpu_generation, why_no_triton, write_rule
+from minift.ops.kernel_choice import RULE_FILE, gpu_generation, write_rule
 from minift.options import Parser, add_options, option, resolve
 from minift.report.table import table_head, table_row
 
@@ -48,7 +48,7 @@ OTHERS = ("frozen", "eager", "torch")  # the time of each implementation is give
 QUICK = {"shapes": "768x768,768x3072", "tokens": "2048", "ranks": "8", "samples": 5,
          "rows": ",".join(row for row in NAMES if row != "compile")}
 CPU_LAYERS = 3  # layers in a sample on a CPU
-COMPILE_SECONDS = {"compile": 60, "triton": 5, "hybrid": 5}  # a guess of the time to compile for a new shape
+COMPILE_SECONDS = {"compile": 60, "triton": 5, "hybrid": 5, "persistent": 5}  # for a new shape, a guess
 COLUMNS = {
     "row": ("implementation", lambda row: NAMES[row]),
     "launch": ("launch", str),
@@ -264,7 +264,8 @@ def measure_parts(case: Case, samples: int, facts: dict[str, Any], dtype: torch.
                   ) -> Iterator[dict[str, Any]]:
     """The results of a case, one for each product and each kernel alone."""
     ring = make_ring(case, dtype, device, facts["ring_bytes"])
-    return parts.measure(case, ring, device.type == "cuda" and why_no_triton(device) is None, samples, facts)
+    usable, _ = find_rows(OUR_KERNELS, device)
+    return parts.measure(case, ring, usable, samples, facts)
 
 
 def rule_measurements(results: list[dict[str, Any]], gpu: str) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minift.ops.kernel_choice import KERNELS, why_no_triton
+from minift.errors import UserError
+from minift.ops.kernel_choice import KERNELS, check_kernel
 from minift.ops.lora import lora_linear
 
 SCALE = 2.0
@@ -25,6 +26,7 @@ NAMES = {
     "torch": "Function + addmm",
     "triton": "Triton",
     "hybrid": "cuBLAS + Triton",
+    "persistent": "persistent Triton",
 }
 Layer = dict[str, Tensor]
 Forward = Callable[[Layer], tuple[Tensor, list[Tensor]]]  # layer -> the output, and the tensors that get a gradient
@@ -172,10 +174,13 @@ def find_rows(chosen: list[str], device: torch.device) -> tuple[list[str], dict[
     missing = {}
     if importlib.util.find_spec("peft") is None:
         missing["peft"] = "peft is not installed"
-    reason = why_no_triton(device)
-    if reason is None and device.type != "cuda":
-        reason = "Triton's interpreter, which runs here, is no measure of speed"
-    if reason is not None:
-        missing |= {kernel: reason for kernel in OUR_KERNELS if kernel != "torch"}
+    for kernel in OUR_KERNELS:
+        try:
+            check_kernel(kernel, device)
+        except UserError as error:
+            missing[kernel] = str(error)
+        else:
+            if kernel != "torch" and device.type != "cuda":
+                missing[kernel] = "Triton's interpreter, which runs here, is no measure of speed"
     missing = {row: why for row, why in missing.items() if row in chosen}
     return [row for row in chosen if row not in missing], missing

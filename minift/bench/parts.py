@@ -48,8 +48,8 @@ def products(case: Case, itemsize: int) -> dict[str, Part]:
     }
 
 
-def kernels(case: Case, itemsize: int) -> dict[str, Part]:
-    """Every Triton kernel alone, on h and g that the layer's ring holds."""
+def kernels(case: Case, itemsize: int, usable: list[str]) -> dict[str, Part]:
+    """Every Triton kernel of the usable values of --kernel alone, on h and g that the layer's ring holds."""
     from minift.ops import lora_triton
     from minift.ops.lora_triton_hybrid import add_update, augment, augmented_width
     M, N, K, dropout, offsets = case.M, case.N, case.K, case.dropout, case.offsets
@@ -77,7 +77,13 @@ def kernels(case: Case, itemsize: int) -> dict[str, Part]:
 
     flops, nbytes = 2 * M * N * K, itemsize * (M * K + M * N + N * K + M * J)
     thin_in, thin_out = 2 * M * J * K, 2 * M * case.rank * outputs
-    return {
+    def persistent(layer: Layer) -> None:
+        lora_triton.product("persistent", layer["x"], layer["weight"], layer["bias"], layer["h"], layer["b"], offsets)
+
+    def persistent_dx(layer: Layer) -> None:
+        lora_triton.product("persistent", layer["dy"], layer["weight"].T, None, layer["h"], layer["a"].T, (0,))
+
+    found = {
         "y = x W^T + h B^T, gemm": Part(gemm, flops + thin_out, nbytes),
         "dx = dy W + g A, gemm": Part(gemm_dx, flops + thin_in, nbytes),
         "h = x A^T, shrink": Part(shrink, thin_in, itemsize * (M * K + K * J + M * J)),
@@ -92,16 +98,21 @@ def kernels(case: Case, itemsize: int) -> dict[str, Part]:
         "dx += g A, add": Part(lambda layer: add_update(layer["dx"], layer["g"], layer["a"], dropout, layer["seed"]),
                                thin_in, itemsize * (2 * M * K + M * J + J * K)),
     }
+    if "persistent" in usable:
+        found["y, persistent"] = Part(persistent, flops + thin_out, nbytes)
+        if not dropout:  # with a mask, dx is that of the hybrid
+            found["dx, persistent"] = Part(persistent_dx, flops + thin_in, nbytes)
+    return found
 
 
-def measure(case: Case, ring: list[Layer], with_kernels: bool, samples: int, facts: dict[str, Any]
+def measure(case: Case, ring: list[Layer], usable: list[str], samples: int, facts: dict[str, Any]
             ) -> Iterator[dict[str, Any]]:
-    """The results of a case, one for each part."""
+    """The results of a case, one for each part. usable: the values of --kernel that can run here."""
     itemsize, device = ring[0]["x"].element_size(), ring[0]["x"].device
     parts = products(case, itemsize)
     ring = [{name: tensor.detach() for name, tensor in layer.items()} for layer in ring]
-    if with_kernels:
-        parts |= kernels(case, itemsize)
+    if "triton" in usable:
+        parts |= kernels(case, itemsize, usable)
         for layer in ring:
             layer["h"] = layer["x"] @ layer["a"].T
             layer["dx"], layer["g"] = torch.zeros_like(layer["x"]), torch.zeros_like(layer["h"])

@@ -36,7 +36,7 @@ from minift.options import flag, option
 from minift.plan import MemoryMeter
 from minift.report.table import format_bytes, table_head, table_row
 from minift.run.config import TrainOptions
-from minift.training import make_optimizer, train_step
+from minift.training import apply_step, make_optimizer, train_step
 
 WARMUP = 2  # steps that are not timed
 SPREAD = 0.5  # for --ragged: the standard deviation of the logarithm of a row's length
@@ -138,10 +138,10 @@ def measure(name: str, chosen: Any, options: TrainBenchOptions, dtype: torch.dty
     model.to(device).train()
     optimizer = make_optimizer(model, MODES[name].lr, MODES[name].weight_decay)
 
+    tuned = modes.tuned_parameters(model).values()
+
     def step(rows: list[Row]) -> None:
-        train_step(model, [rows], TrainOptions.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        apply_step(optimizer, train_step(model, [rows], TrainOptions.clip, tuned=tuned))
 
     steps = random_steps(options, model.prompt_tokens)
     times = time_each([partial(step, rows) for rows in steps], device)[WARMUP:]
