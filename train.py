@@ -50,6 +50,7 @@ from minift.files import checkpoint, weights
 from minift.files.atomic import write_json
 from minift.files.checkpoint import Progress
 from minift.files.weights import Base
+from minift.graphs import check_graphs, make_graphs
 from minift.model.gpt import GPT
 from minift.model.packing import Row
 from minift.report import compare, metrics, test_rows
@@ -109,6 +110,7 @@ def main(arguments: list[str]) -> None:
     # checks the options of every mode, and of a search every value
     meta_models = [build_on_meta(base, setting) for config in configs for setting in config.settings]
     check_adapter(configs[0], base)
+    check_graphs(options, base.model.config)
     reserved = max(model.prompt_tokens for model in meta_models)
     rows, data_quality = load_rows(configs[0], base, reserved)
     if not rows["val"] and any(config.search for config in configs):
@@ -313,6 +315,7 @@ def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
     initial = checkpoint.checksum(tuned, {})
     progress = init_or_resume(model, config, rows, folder, metadata, optimizer)
     replica = replicate(model)
+    graphs = make_graphs(model, optimizer, options, tuned.values())  # CUDA graphs of the steps, or None
     view = TrainingView(task.display, config, folder, steps, progress)
     # A GPU works on a step while the loss of the step before is read: steps that are begun, and not yet in `progress`.
     unread: deque[tuple[MicroBatches, float, StepResult]] = deque()
@@ -334,8 +337,11 @@ def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             seed_step(options.seed, begun)
-            result = train_step(model, micro_batches, options.clip, replica, tuned.values())
-            apply_step(optimizer, result)
+            if graphs:
+                result = graphs.step(micro_batches)
+            else:
+                result = train_step(model, micro_batches, options.clip, replica, tuned.values())
+                apply_step(optimizer, result)
             unread.append((micro_batches, lr, result))
 
             validates = (begun + 1) % eval_every == 0 or begun + 1 == steps

@@ -181,8 +181,8 @@ def largest_batch(rows: Sequence[Row], options: TrainOptions) -> Sequence[Row]:
 class StepResult:
     """The loss and the gradient norm of a step, which a GPU may still compute."""
 
-    def __init__(self, losses: list[Tensor], grad_norm: Tensor):
-        self.numbers = torch.stack([*losses, grad_norm])  # on the device
+    def __init__(self, numbers: Tensor):
+        self.numbers = numbers  # on the device: the loss of each micro-batch, and the norm
         self.on_host, self.copied = self.numbers, None
         if self.numbers.is_cuda:
             self.on_host = self.numbers.to("cpu", non_blocking=True)
@@ -211,6 +211,14 @@ def train_step(model: GPT, micro_batches: MicroBatches, clip: float, replica: nn
     clip: the largest norm, 0 for no limit. replica: of distributed.replicate. tuned: the values of
     modes.tuned_parameters, for a caller that knows them already.
     """
+    losses = add_gradients(model, micro_batches, replica)
+    tuned = tuned or modes.tuned_parameters(model).values()
+    grad_norm = nn.utils.clip_grad_norm_(tuned, clip or math.inf)  # inf: only compute the norm
+    return StepResult(torch.stack([*losses, full_tensor(grad_norm)]))
+
+
+def add_gradients(model: GPT, micro_batches: MicroBatches, replica: nn.Module | None) -> list[Tensor]:
+    """The loss and the gradients of each micro-batch, which add up to those of the step."""
     # The sum over all targets of the step divided by their number, not a mean of the means of micro-batches: so 1 x 8
     # rows and 8 x 1 row are the same step, and so are 2 x 4 on two ranks.
     targets_in_step = sum(row.num_targets for batch in micro_batches for row in batch)
@@ -224,20 +232,24 @@ def train_step(model: GPT, micro_batches: MicroBatches, clip: float, replica: nn
             loss = (replica or model.loss)(packed) / targets_in_step
             (loss * WORLD_SIZE).backward()  # the exchange averages over the ranks, and a sum is needed
         losses.append(loss.detach())
-    tuned = tuned or modes.tuned_parameters(model).values()
-    grad_norm = nn.utils.clip_grad_norm_(tuned, clip or math.inf)  # inf: only compute the norm
-    return StepResult(losses, full_tensor(grad_norm))
+    return losses
 
 
 def apply_step(optimizer: torch.optim.Optimizer, result: StepResult) -> None:
     """Update the parameters and free the gradients. After a loss or a gradient that is not finite, the parameters stay
     as they are, in this step and in all later ones."""
-    if hasattr(optimizer, "found_inf"):  # the device decides, so that nothing waits for the numbers
-        optimizer.found_inf.masked_fill_(~result.numbers.isfinite().all(), 1.0)
-        optimizer.step()
+    if hasattr(optimizer, "found_inf"):
+        guarded_step(optimizer, result.numbers)
     elif all(map(math.isfinite, result.read())):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
+    """The optimizer's step, if the numbers of this step and of those before are finite. The device decides, so that
+    nothing waits for them."""
+    optimizer.found_inf.masked_fill_(~numbers.isfinite().all(), 1.0)
+    optimizer.step()
 
 
 # ---- the state of a run
@@ -309,10 +321,10 @@ def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, step: int, fo
              replica: nn.Module | None) -> TrainingFailed:
     """The error for a loss or gradient that is not finite. It names the step, the parameter with the largest gradient,
     and the rows. The step was not applied, so saved parameters are good."""
-    # once more, since its gradients are gone
+    # once more, since the gradients are gone
     model.zero_grad()
     seed_step(seed, step - 1)
-    train_step(model, micro_batches, 0.0, replica)
+    add_gradients(model, micro_batches, replica)
     norms = {}
     for name, parameter in modes.tuned_parameters(model).items():
         if parameter.grad is not None:

@@ -39,3 +39,23 @@ def logits(model: GPT, ids: Tensor) -> Tensor:
 def packed_rows(seqlens: Sequence[int], round_shapes: bool = False, device: str = "cpu") -> PackedRows:
     """The layout of rows of these lengths."""
     return pack([Row([1] * (seqlen + 1), ()) for seqlen in seqlens], 0, torch.device(device), round_shapes).rows
+
+
+def flash_stand_in(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, dropout: float,
+                   causal: bool, debug_mask: bool, *, scale: float) -> tuple[Tensor, ...]:
+    """Takes the arguments of torch's flash attention, checks what its kernels check, and computes with plain products,
+    without dropout. Tokens that are in no row stay NaN, as memory that nothing wrote may be."""
+    for x in (q, k, v):
+        assert x.shape == q.shape and x.stride(-1) == 1 and x.dtype == q.dtype and x.device == q.device
+    assert cu_q is cu_k and cu_q.dtype == torch.int32 and cu_q.device == q.device and cu_q.is_contiguous()
+    assert type(max_q) is int and max_q == max_k and 0 <= dropout < 1 and causal and not debug_mask
+    starts = cu_q.tolist()
+    out = torch.full(q.shape, torch.nan, dtype=q.dtype)
+    for start, end in zip(starts, starts[1:], strict=False):
+        assert 0 <= end - start <= max_q
+        heads_q, heads_k, heads_v = (x[start:end].transpose(0, 1) for x in (q, k, v))  # each (nh, T, hs)
+        scores = scale * heads_q @ heads_k.transpose(1, 2)
+        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        y = scores.masked_fill(future, -torch.inf).softmax(-1) @ heads_v
+        out = out.index_put((torch.arange(start, end),), y.transpose(0, 1))
+    return out, torch.empty(q.shape[1], len(q)), torch.empty(2), torch.empty(()), torch.empty(0)

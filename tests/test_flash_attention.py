@@ -1,9 +1,11 @@
 """Attention over packed rows by torch's FlashAttention: the call, and its results through a stand-in; on a GPU the real
 one."""
 
+from typing import Any
+
 import pytest
 import torch
-from packed import packed_rows
+from packed import flash_stand_in, packed_rows
 from torch import Tensor
 
 from minift.ops import attention as module
@@ -19,25 +21,11 @@ CALLS: list[dict[str, object]] = []
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-def stand_in(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, dropout: float,
-             causal: bool, debug_mask: bool, *, scale: float) -> tuple[Tensor, ...]:
-    """Takes what torch's operator takes, checks what its kernels check, and computes with plain products. Tokens that
-    are in no row stay NaN, as memory that nothing wrote may be."""
+def stand_in(q: Tensor, k: Tensor, v: Tensor, *others: Any, scale: float) -> tuple[Tensor, ...]:
     for x in (q, k, v):
-        assert x.shape == (N, HEADS, HEAD_SIZE) and x.stride() == (3 * C, HEAD_SIZE, 1) and x.dtype == q.dtype
-    assert cu_q is cu_k and cu_q.dtype == torch.int32 and cu_q.device == q.device and cu_q.is_contiguous()
-    assert type(max_q) is int and max_q == max_k and causal and not debug_mask
-    starts = cu_q.tolist()
-    assert max(end - start for start, end in zip(starts, starts[1:], strict=False)) <= max_q
-    CALLS.append({"dropout": dropout, "scale": scale, "max": max_q})
-    out = torch.full(q.shape, torch.nan, dtype=q.dtype)
-    for start, end in zip(starts, starts[1:], strict=False):
-        heads = [x[start:end].transpose(0, 1) for x in (q, k, v)]  # each (nh, T, hs)
-        scores = scale * heads[0] @ heads[1].transpose(1, 2)
-        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        y = scores.masked_fill(future, -torch.inf).softmax(-1) @ heads[2]
-        out = out.index_put((torch.arange(start, end),), y.transpose(0, 1))
-    return out, torch.empty(HEADS, N), torch.empty(2), torch.empty(()), torch.empty(0)
+        assert x.shape == (N, HEADS, HEAD_SIZE) and x.stride() == (3 * C, HEAD_SIZE, 1)
+    CALLS.append({"dropout": others[4], "scale": scale, "max": others[2]})
+    return flash_stand_in(q, k, v, *others, scale=scale)
 
 
 @pytest.fixture

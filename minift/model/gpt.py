@@ -293,7 +293,8 @@ class GPT(nn.Module):
         """The training objective: the sum of -log p over the targets of the batch, in nats. Logits are computed for
         targets alone. Validation and scores have their own loss (minift/report/metrics.py)."""
         hidden = self.hidden(batch, batch.padded_positions)  # (n or more, C)
-        return cross_entropy(hidden, self.wte.weight, batch.targets)  # ignores those after the first n
+        # ignores those after the first n
+        return cross_entropy(hidden, self.wte.weight, batch.targets, batch.has_padding)
 
     # ---- settings
 

@@ -35,6 +35,7 @@ class PackedRows:
 
     seqlens: list[int]  # the tokens of each row; on the host, so that no GPU must be waited for
     cu_seqlens: Tensor  # (B + 2,) int32: the start of each row and of the filler, and N
+    max_cu_seqlen: int  # the longest row of cu_seqlens, which has the filler too; in a CUDA graph it may be more
     row_ids: Tensor  # (N,): the row of each token
     positions: Tensor  # (N,): the position of each token in its row
 
@@ -46,11 +47,6 @@ class PackedRows:
     @property
     def max_seqlen(self) -> int:
         return max(self.seqlens)
-
-    @property
-    def max_cu_seqlen(self) -> int:
-        """The longest row of cu_seqlens, which has the filler too."""
-        return max(self.max_seqlen, len(self.positions) - self.num_tokens)
 
     @property
     def slices(self) -> list[slice]:

@@ -6,6 +6,7 @@ one block of tokens, and uses them for the loss and for both gradients, before i
 Letters in shape comments: n targets, C = n_embd, V vocabulary, m tokens of a block.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from minift import ops
 
 TOKEN_BLOCK = 256  # tokens whose logits exist at one time
 VOCAB_BLOCK = 8192  # words of the vocabulary whose probabilities exist in fp32 at one time
+PADDING = -100  # a target that does not count; torch's own cross-entropy ignores it too
 
 
 def cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -27,9 +29,16 @@ def cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> 
     return -target_log_probs.sum()
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, has_padding: bool = False) -> Tensor:
     """hidden (n or more, C), weight (V, C), targets (n,) -> (): the sum of -log p(target) in nats, fp32 (fp64
-    for fp64). Rows of `hidden` after the first n are padding, and their gradient is 0."""
+    for fp64). Rows of `hidden` after the first n are padding, and their gradient is 0. has_padding: so are the targets
+    that are PADDING, in a CUDA graph, where n is fixed."""
+    if has_padding:
+        is_padding = targets == PADDING
+        # where the hidden state is 0, every word has -log p = log V, and the gradient of the weight is 0
+        hidden = hidden[: len(targets)].masked_fill(is_padding[:, None], 0)
+        loss = cross_entropy(hidden, weight, targets.masked_fill(is_padding, 0))
+        return loss - is_padding.sum() * math.log(len(weight))
     if ops.plain:
         return cross_entropy_reference(hidden, weight, targets)
     if not torch.is_grad_enabled():

@@ -81,6 +81,8 @@ class TrainOptions:
                                 "device")
     kernel: str = option("auto", "how low-rank updates are computed; auto: by the rule that a benchmark wrote "
                                  "for this kind of GPU, else torch", choices=KERNELS)
+    graphs: str = option("auto", "on a GPU in bf16: all kernels of a step are launched together, as a CUDA graph; "
+                                 "auto: in small steps (not measured yet)", choices=("auto", "on", "off"))
     ops: str = option("fast", "plain: compute every operation by its plain reference (slow, to read or to find a "
                               "bug)", choices=("fast", "plain"))
     seed: int = option(0, "seed of everything random: split, order, initial values, dropout", least=0)
