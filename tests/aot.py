@@ -20,9 +20,9 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.runtime.jit import JITFunction, MockTensor  # noqa: E402
 
-from minift.ops import lora_triton, lora_triton_tiles  # noqa: E402
+from minift.ops import lora_triton, lora_triton_gemm, lora_triton_tiles  # noqa: E402
 from minift.ops.kernel_choice import KERNELS  # noqa: E402
 from minift.ops.lora_triton_tiles import Gpu  # noqa: E402
 
@@ -41,16 +41,18 @@ class Case(NamedTuple):
     offsets: tuple[int, ...]
     rank: int
     dropout: float
+    only: tuple[str, ...] = ()  # the kernels to compile, else all
 
 
 BF16 = torch.bfloat16
+LARGE = ("gemm_kernel", "persistent_kernel")
 CASES = [
     Case(90, "hybrid", BF16, 8192, 768, 2304, QV, 8, 0.1),
-    Case(90, "triton", BF16, 8192, 768, 2304, QV, 8, 0.1),  # narrow tiles
-    Case(90, "triton", BF16, 8192, 4096, 4096, (0,), 64, 0.0),  # wide tiles
-    Case(90, "persistent", BF16, 8192, 768, 2304, QV, 8, 0.0),
-    Case(80, "triton", torch.float16, 8192, 768, 3072, (0,), 16, 0.1),
-    Case(120, "triton", BF16, 8192, 4096, 4096, (0,), 16, 0.1),
+    Case(90, "triton", BF16, 8192, 768, 2304, QV, 8, 0.1, LARGE),  # narrow tiles
+    Case(90, "triton", BF16, 8192, 4096, 4096, (0,), 64, 0.0, LARGE),  # wide tiles
+    Case(90, "persistent", BF16, 8192, 4096, 4096, (0,), 16, 0.0, LARGE),
+    Case(80, "triton", torch.float16, 8192, 768, 3072, (0,), 16, 0.1, (*LARGE, "shrink_kernel")),
+    Case(120, "triton", BF16, 8192, 4096, 4096, (0,), 16, 0.1, (*LARGE, "expand_kernel")),
 ]
 ALL = [Case(cc, kernel, dtype, M, K, N, offsets, rank, dropout)
        for cc in GPUS for kernel in KERNELS[2:] if cc == 90 or kernel != "persistent"
@@ -70,6 +72,7 @@ def launches(cases: list[Case]) -> dict[tuple, JITFunction]:
         signature, constants, divisible = {}, {}, []
         for i, name in enumerate(kernel.arg_names):
             value, constant = named[name], kernel.params[i].is_constexpr
+            value = torch.empty(0, dtype=value.dtype) if isinstance(value, MockTensor) else value  # of a warm-up
             if constant or value is None or type(value) is int and value == 1:
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
@@ -80,18 +83,20 @@ def launches(cases: list[Case]) -> dict[tuple, JITFunction]:
                 if type(value) is int and value % 16 == 0:
                     divisible.append(i)
         parts = (tuple(part.items()) for part in (signature, constants, options))
-        found[case.cc, kernel.fn.__name__, *parts, tuple(divisible)] = kernel
+        if not case.only or kernel.fn.__name__ in case.only:
+            found[case.cc, kernel.fn.__name__, *parts, tuple(divisible)] = kernel
 
     JITFunction.run = record
     lora_triton.is_possible = lambda x, weight: x.itemsize == 2 and not (len(weight) | x.shape[1]) % 8
     for case in cases:
         lora_triton_tiles.WITHOUT_GPU = GPUS[case.cc]
         run_step(case)
+    lora_triton_gemm.compile_small_product()  # the test for Triton that `--kernel` makes
     return found
 
 
 def run_step(case: Case) -> None:
-    _, kernel, dtype, M, K, N, offsets, rank, dropout = case
+    _, kernel, dtype, M, K, N, offsets, rank, dropout, _ = case
     P, n = len(offsets), N // (3 if len(offsets) == 2 else 1)
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:

@@ -309,7 +309,13 @@ def test_where_triton_cannot_run_it_is_refused(monkeypatch: pytest.MonkeyPatch) 
             kernel_choice.check_kernel("triton", DEVICE)
         for name in ("auto", "torch"):
             kernel_choice.check_kernel(name, DEVICE)
+        monkeypatch.setattr(kernel_choice, "why_no_triton", lambda device: None)
+        monkeypatch.setattr(kernel_choice, "gpu_generation", lambda device: "sm_120")
+        kernel_choice.check_kernel("hybrid", torch.device("cuda"))
+        with pytest.raises(UserError, match="--kernel persistent: it is for sm_90 .* is sm_120; leave it out"):
+            kernel_choice.check_kernel("persistent", torch.device("cuda"))
     finally:
+        monkeypatch.undo()
         kernel_choice.why_no_triton.cache_clear()
     ended = run_train("--mode", "full", "--kernel", "triton")
     assert ended.code == 2 and "--kernel is about low-rank updates" in ended.err
@@ -324,33 +330,87 @@ def test_a_run_on_a_cpu_does_not_import_triton() -> None:
 
 
 @GPU
-def test_replaying_a_graph_draws_new_masks() -> None:
-    given = operands(SHAPES["q and v"], torch.bfloat16, 0)
-
-    def draw() -> Tensor:
-        return lora_linear(**given, scale=SCALE, offsets=(0, 60), dropout=0.5, kernel="triton")
-
-    draw()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = draw()
-    graph.replay()
-    first = y.clone()
-    graph.replay()
-    assert first.isfinite().all() and not torch.equal(first, y)
-
-
-LIMITS = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a block may ask for
+@pytest.mark.parametrize("kernel", kernel_choice.KERNELS[2:])
+@pytest.mark.parametrize("M, K, N, offsets", [(8192, 768, 2304, (0, 1536)), (2049, 4096, 4096, (0,))])
+def test_large_shapes_against_torch(kernel: str, M: int, K: int, N: int, offsets: tuple[int, ...]) -> None:
+    """The Function, which rounds as often, and draws the same masks."""
+    kernel_choice.check_kernel(kernel, DEVICE)
+    shape = (M, K, N, 8, N // 3 if len(offsets) == 2 else N, offsets)
+    given = operands(shape, BF16, 0, contiguous=True)
+    dy = torch.randn(M, N, device=DEVICE, dtype=BF16)
+    results = {}
+    for name in ("torch", kernel):
+        torch.manual_seed(7)
+        results[name] = step(given, offsets, 0.1, name, dy)
+    for ours, theirs in zip(results[kernel], results["torch"], strict=True):
+        assert error(ours, theirs.double()) < TOLERANCE[BF16]
 
 
-def test_compiled_for_two_gpus_without_one() -> None:
-    """No registers spilled, shared memory within the chip's, and matrix instructions for 16-bit numbers."""
+@GPU
+@pytest.mark.parametrize("kernel", kernel_choice.KERNELS[2:])
+def test_a_graph_replays_forward_and_backward(kernel: str) -> None:
+    """With new masks in each replay, and without dropout the same numbers as launched one by one."""
+    kernel_choice.check_kernel(kernel, DEVICE)
+    given, offsets = operands(ALIGNED["aligned q and v"], BF16, 0, contiguous=True), (0, 192)
+    dy = torch.randn(200, 288, device=DEVICE, dtype=BF16)
+    for dropout in (0.0, 0.5):
+        once = step(given, offsets, dropout, kernel, dy)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step(given, offsets, dropout, kernel, dy)  # torch requires a warm-up on another stream
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(given, offsets, dropout, kernel, dy)
+        replays = []
+        for _ in range(2):
+            graph.replay()
+            replays.append([t.clone() for t in captured])
+        assert all(t.isfinite().all() for t in replays[0])
+        equal = [torch.equal(a, b) for a, b in zip(*replays, strict=True)]
+        if dropout:
+            assert not any(equal[:3])  # y, dx and dA depend on the mask of this replay
+        else:
+            assert all(equal) and all(map(torch.equal, once, replays[0]))
+
+
+def test_tiles_fill_the_waves_of_a_gpu() -> None:
+    """8,192 x 768 at 128 x 256 is 192 tiles: 1.45 waves of 132 take the time of 2; 384 narrow tiles take 3 of half."""
+    H100, A100, RTX_5090 = (lora_triton_tiles.Gpu(*facts) for facts in ((132, 227), (108, 163), (170, 99)))
+
+    def columns(gpu: lora_triton_tiles.Gpu, M: int, N: int, rank: int = 8, dropout: float = 0.0) -> int:
+        return lora_triton_tiles.gemm_tiles(gpu, BF16, M, N, 768, rank, dropout)["BN"]
+
+    assert [columns(H100, *shape) for shape in ((8192, 768), (8192, 1280), (2048, 3072))] == [128] * 3
+    assert [columns(H100, *shape) for shape in ((8192, 4096), (16384, 3072), (8192, 3072))] == [256] * 3
+    assert columns(A100, 8192, 1280) == 256  # 320 wide tiles are 2.96 waves
+    assert {columns(H100, 8192, 4096, rank=128), columns(H100, 8192, 4096, dropout=0.1),
+            columns(RTX_5090, 8192, 4096)} == {128}
+
+
+@pytest.mark.parametrize("length, programs, wanted", [(768, 128, 256), (768, 32, 64), (768, 264, 768), (50, 1, 64),
+                                                      (4096, 64, 768), (768, 0, 64)])  # fmt: skip
+def test_loops_are_split_until_there_are_two_programs_a_processor(length: int, programs: int, wanted: int) -> None:
+    part = lora_triton_tiles.split_length(lora_triton_tiles.Gpu(132, 227), length, 64, programs)
+    assert part == wanted and (max(programs, 1) * -(-length // part) >= 264 or part == 64)
+
+
+def test_compiled_for_three_gpus_without_one() -> None:
+    """No registers spilled, shared memory within the chip's, matrix instructions for 16-bit numbers, and loads that
+    overlap with them."""
     ended = process("tests/aot.py", cwd=ROOT, TRITON_INTERPRET="0", timeout=600)
     assert ended.code == 0, ended.err
     compiled = json.loads(ended.out.splitlines()[-1])
-    names = {"shrink_kernel", "gemm_kernel", "expand_kernel", "outer_kernel"}
-    assert {one["kernel"] for one in compiled} == names and {one["cc"] for one in compiled} == {80, 90}
+    names = {"shrink_kernel", "sum_kernel", "gemm_kernel", "persistent_kernel", "expand_kernel", "outer_kernel",
+             "augment_kernel", "add_kernel"}
+    assert {one["kernel"] for one in compiled} == names and {one["cc"] for one in compiled} == {80, 90, 120}
+    tiles = {(one["cc"], one["constants"]["BN"]) for one in compiled if one["kernel"] == "gemm_kernel"}
+    assert tiles >= {(80, 128), (90, 256), (90, 128), (120, 128)}
     for one in compiled:
-        assert one["stack"] == 0 and one["registers"] <= 255 and one["shared"] <= LIMITS[one["cc"]], one
-        if one["dtype"] != "*fp32":
+        assert one["stack"] == 0 and one["registers"] <= 255 and one["shared"] <= one["limit"], one
+        if one["kernel"] not in ("sum_kernel", "augment_kernel"):
             assert one["wgmma" if one["cc"] == 90 else "mma"] > 0, one
+        if one["kernel"] in ("shrink_kernel", "expand_kernel"):
+            assert max(one["waits"]) >= 2, one  # groups of loads that are on their way while a product runs
+        if one["kernel"] == "persistent_kernel":
+            assert one["descriptors"] > 0, one

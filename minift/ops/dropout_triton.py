@@ -59,9 +59,3 @@ def keep_mask(x: Tensor, threshold: int, seed: Tensor) -> Tensor:
         grid = (triton.cdiv(M, BM), triton.cdiv(K, BK))
         mask_kernel[grid](keep, seed, M, K, threshold, BM=BM, BK=BK)
     return keep
-
-
-def try_compiling(device: torch.device) -> None:
-    """Compile the smallest kernel for a GPU, without running it. Raises Triton's errors."""
-    with torch.cuda.device(device):
-        mask_kernel.warmup(torch.bool, torch.int64, 64, 64, 0, BM=16, BK=64, grid=(1, 1))

@@ -50,8 +50,9 @@ def why_no_triton(device: torch.device) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"the kernels need compute capability 8.0, and {name} is older"
     try:  # Triton also needs a C compiler and the driver's headers
-        from minift.ops import dropout_triton
-        dropout_triton.try_compiling(device)
+        from minift.ops import lora_triton_gemm
+        with torch.cuda.device(device):
+            lora_triton_gemm.compile_small_product()
     except Exception as error:
         return f"triton cannot compile here: {type(error).__name__}: {error}"
     return None

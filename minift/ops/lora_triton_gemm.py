@@ -2,6 +2,7 @@
 Letters, names and rules as in lora_triton_kernels.py.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -93,3 +94,13 @@ def gemm_kernel(
     y_pointers = y + rows[:, None] * N + columns[None, :]
     y_tile = acc.to(y.dtype.element_ty)
     tl.store(y_pointers, y_tile, row_mask[:, None] & column_mask[None, :])
+
+
+def compile_small_product() -> None:
+    """Compile gemm_kernel for the current GPU, with a dropout mask, and do not run it. Raises Triton's errors."""
+    tensor, seed = torch.bfloat16, torch.int64
+    sizes = dict(M=64, N=64, K=64, n=64)
+    strides = dict(stride_xm=64, stride_xk=1, stride_wn=64, stride_wk=1, stride_bn=16, stride_br=1)
+    constants = dict(OFFSETS=(0,), R=16, BIAS=True, DROPOUT=True, BM=64, BN=64, BK=32, BR=16, GROUP=8)
+    gemm_kernel.warmup(tensor, tensor, tensor, tensor, tensor, tensor, seed, **sizes, **strides, threshold=0,
+                       **constants, grid=(1,))
