@@ -8,7 +8,7 @@ The count is an upper bound, by these rules:
   KERNELS says nothing else; an operation in no table is an error. A copy from or to the host counts like a kernel.
 - Operations on lists (AdamW, the clipping) launch one kernel for some tensors, see `list_kernels`.
 - The operators of lora_triton.py run, with a counter in the place of Triton's launcher.
-- AdamW's first step, which creates its state, is not counted: the second is.
+- AdamW's first step, which creates its state, is not counted.
 
 python tests/launches.py prints the counts of all modes, and those of each operation with --operations.
 """
@@ -22,7 +22,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._meta_registrations  # noqa: F401  the shapes of operations on meta tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -175,12 +174,15 @@ def count_launches(mode: str, n_layer: int = 12, kernel: str = "torch", rows: in
         stack.enter_context(like_a_gpu())
         stack.enter_context(mock.patch.object(gpt, "attention", flash_attention))
         optimizer = make_optimizer(model, 1e-3, 0.01)
-        for _ in range(2):
+        for parameter in modes.tuned_parameters(model).values():
+            parameter.grad = torch.zeros_like(parameter)
+        with counter:
+            optimizer.step()  # creates its state
+            optimizer.zero_grad(set_to_none=True)
             counter.kernels.clear()
-            with counter:
-                train_step(model, [batch], 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            train_step(model, [batch], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     return counter.kernels
 
 
