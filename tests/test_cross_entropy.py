@@ -8,12 +8,20 @@ from minift.ops import cross_entropy as module
 from minift.ops.cross_entropy import cross_entropy
 
 
+@pytest.fixture(params=["CPU", "GPU"], autouse=True)
+def device_of_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs with the blocks of a CPU, and on a CPU with those of a GPU."""
+    if request.param == "GPU":
+        monkeypatch.setattr(module, "small_blocks", module.large_blocks)
+
+
 @pytest.mark.parametrize("trains", ["both", "hidden", "weight"])
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 def test_loss_and_gradients(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, error: float,
                             trains: str) -> None:
     """Several blocks of tokens and of words, a repeated target, and padding, which has no part in it."""
     monkeypatch.setattr(module, "TOKEN_BLOCK", 7)
+    monkeypatch.setattr(module, "GPU_TOKEN_BLOCK", 7)
     monkeypatch.setattr(module, "VOCAB_BLOCK", 13)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 12, generator=generator).to(dtype) for n in (24, 101))

@@ -1,11 +1,11 @@
-"""Linear layers in pieces against float64."""
+"""Linear layers in pieces, and with cast weights, against float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minift.ops import linear as module
-from minift.ops.linear import linear, matmul
+from minift.ops.linear import CastLinear, linear, matmul
 
 # few, fewer outputs than the 24 inputs, in pieces of 2 N / 3 tokens, in halves of the outputs, whole
 SHAPES = [(1, 1), (50, 9), (20, 40), (33, 40), (41, 40), (60, 41), (79, 41), (80, 40), (7, 1283), (1500, 1283)]
@@ -49,3 +49,25 @@ def test_an_input_is_kept_only_for_a_matrix_that_trains(monkeypatch: pytest.Monk
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
             linear(x, torch.randn(40, 24, requires_grad=trains), None)
         assert (x.shape in kept) == trains
+
+
+@pytest.mark.parametrize("trains", ["weight bias", "weight", "bias", "bias x", "weight bias x"])
+def test_trained_weights_are_cast_and_get_gradients_in_fp32(trains: str) -> None:
+    """The Function for a GPU. Frozen weights have the dtype of x."""
+    generator = torch.Generator().manual_seed(0)
+    given, exact = {}, {}
+    for name, shape in {"x": (50, 24), "weight": (40, 24), "bias": (40,)}.items():
+        tensor = torch.randn(shape, generator=generator).bfloat16()
+        dtype = torch.float32 if name in trains.split() and name != "x" else torch.bfloat16
+        given[name] = tensor.to(dtype).requires_grad_(name in trains.split())
+        exact[name] = tensor.detach().double().requires_grad_(name in trains.split())
+    dy = torch.randn(50, 40, generator=generator).bfloat16()
+    found, wanted = CastLinear.apply(*given.values()), F.linear(*exact.values())
+    found.backward(dy)
+    wanted.backward(dy.double())
+    assert (found - wanted).norm() < 4e-3 * wanted.norm() and found.dtype == torch.bfloat16
+    for name, tensor in given.items():
+        assert (tensor.grad is not None) == (name in trains.split())
+        if tensor.grad is not None:
+            assert tensor.grad.dtype == tensor.dtype
+            assert (tensor.grad - exact[name].grad).norm() < 4e-3 * exact[name].grad.norm()

@@ -27,6 +27,7 @@ from minift.errors import UserError
 from minift.model.cache import KVCache
 from minift.model.packing import Batch, Row, pack
 from minift.ops.attention import PackedRows, attention
+from minift.ops.cast import cast_together
 from minift.ops.cross_entropy import cross_entropy
 from minift.ops.gelu import gelu_tanh
 from minift.ops.linear import linear
@@ -69,9 +70,7 @@ class Linear(nn.Linear):
     kernel = "auto"  # the implementation of the low-rank update of a subclass; see GPT.set_kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        # .to() returns the tensor itself if it has the dtype already
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight, self.bias)
 
     def set_constant(self, constant: bool) -> None:
         """Called with True, then with False; between the calls parameters do not change. So a subclass may keep tensors
@@ -287,14 +286,24 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) in fp32; the head is the token embedding (tied weights)."""
-        return linear(hidden, self.wte.weight.to(hidden.dtype), None).float()
+        return linear(hidden, self.wte.weight, None).float()
 
     def loss(self, batch: Batch) -> Tensor:
         """The training objective: the sum of -log p over the targets of the batch, in nats. Logits are computed for
         targets alone. Validation and scores have their own loss (minift/report/metrics.py)."""
-        hidden = self.hidden(batch, batch.padded_positions)  # (n or more, C)
+        with self.casts():
+            hidden = self.hidden(batch, batch.padded_positions)  # (n or more, C)
         # ignores those after the first n
         return cross_entropy(hidden, self.wte.weight, batch.targets, batch.has_padding)
+
+    def casts(self) -> contextlib.AbstractContextManager[None]:
+        """On a GPU, the trained parameters of all linear layers in the compute dtype, made by a few kernels for the
+        passes that run while it is entered. With FSDP2 a block's parameters have that dtype already."""
+        if self.device.type == "cpu" or is_sharded(self):
+            return contextlib.nullcontext()
+        parameters = [p for layer in self.linear_layers() for p in layer.parameters(recurse=False)]
+        parameters = [p for p in parameters if p.dtype != self.compute_dtype]
+        return cast_together(list(dict.fromkeys(parameters)), self.compute_dtype)  # a shared one once
 
     # ---- settings
 

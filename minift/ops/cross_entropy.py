@@ -1,7 +1,8 @@
 """The loss: the cross-entropy of the language-model head, summed over the targets, in nats.
 
 With GPT-2's vocabulary the logits are a large tensor. The fast version never holds all of them: it computes those of
-one block of tokens, and uses them for the loss and for both gradients, before it computes the next.
+one block of tokens, and uses them for the loss and for both gradients, before it computes the next. On a CPU the blocks
+are small, since their numbers should stay in its caches. On a GPU they are large, and take few kernels.
 
 Letters in shape comments: n targets, C = n_embd, V vocabulary, m tokens of a block.
 """
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from minift import ops
+from minift.ops.linear import matmul_to
 
 TOKEN_BLOCK = 256  # tokens whose logits exist at one time
 VOCAB_BLOCK = 8192  # words of the vocabulary whose probabilities exist in fp32 at one time
+GPU_TOKEN_BLOCK = 2048  # the same on a GPU: two tensors of 0.4 GB, in fp32, with GPT-2's vocabulary
 PADDING = -100  # a target that does not count; torch's own cross-entropy ignores it too
 
 
@@ -74,7 +77,41 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, need_dhidden: bool, need_dweight: bool
                        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, dhidden (like hidden) and dweight (V, C); None for a gradient that is not needed.
+    """The loss, dhidden (like hidden) and dweight (V, C); None for a gradient that is not needed."""
+    compute = small_blocks if hidden.device.type == "cpu" else large_blocks
+    return compute(hidden, weight, targets, need_dhidden, need_dweight)
+
+
+def large_blocks(hidden: Tensor, weight: Tensor, targets: Tensor, need_dhidden: bool, need_dweight: bool
+                 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`loss_and_gradients` for a GPU. The logits are in fp32; dlogits = softmax(logits), minus 1 at the target, are
+    rounded to the dtype of `hidden` after the subtraction, so that those of a target with p near 1 are not 0."""
+    acc_dtype = torch.promote_types(hidden.dtype, torch.float32)
+    loss = torch.zeros((), device=hidden.device, dtype=acc_dtype)
+    dhidden = torch.zeros_like(hidden) if need_dhidden else None
+    dweight = torch.zeros_like(weight) if need_dweight and len(targets) == 0 else None
+    cast_weight = weight.to(hidden.dtype)
+    for start in range(0, len(targets), GPU_TOKEN_BLOCK):
+        target = targets[start : start + GPU_TOKEN_BLOCK, None]  # (m, 1)
+        h = hidden[start : start + len(target)]  # (m, C)
+        log_probs = matmul_to(h, cast_weight.T, acc_dtype).log_softmax(1)  # (m, C) @ (C, V) -> (m, V)
+        target_log_probs = log_probs.gather(1, target)  # (m, 1)
+        loss -= target_log_probs.sum()
+        if not (need_dhidden or need_dweight):
+            continue
+        dlogits = torch.exp(log_probs, out=torch.empty_like(log_probs, dtype=h.dtype))  # (m, V)
+        dlogits.scatter_(1, target, target_log_probs.expm1().to(h.dtype))  # p(target) - 1
+        if need_dhidden:
+            torch.mm(dlogits, cast_weight, out=dhidden[start : start + len(target)])  # (m, V) @ (V, C) -> (m, C)
+        if need_dweight:
+            product = matmul_to(dlogits.T, h, weight.dtype)  # (V, m) @ (m, C) -> (V, C)
+            dweight = product if dweight is None else dweight.add_(product)
+    return loss, dhidden, dweight
+
+
+def small_blocks(hidden: Tensor, weight: Tensor, targets: Tensor, need_dhidden: bool, need_dweight: bool
+                 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`loss_and_gradients` for a CPU.
 
     dlogits = softmax(logits), minus 1 at the target, and softmax = exp / sum_exp. exp (V, m) is stored in the dtype of
     `hidden`. The division and the -1 are applied later, to tensors of (m, C) in fp32: they are smaller, and in bf16

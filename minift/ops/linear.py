@@ -1,6 +1,7 @@
 """y = x W^T + b.
 
-The fast version is for bf16 on a CPU, where oneDNN computes the products and some shapes are slow.
+There are two fast versions. FastLinear is for bf16 on a CPU, where oneDNN computes the products and some shapes are
+slow. CastLinear is for trained weights on a GPU, which are stored in fp32.
 Letters in shape comments: M tokens, K inputs, N outputs.
 """
 
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minift import ops
 from minift.device import uses_onednn_bf16
+from minift.ops.cast import cast
 
 SMALL_M = 32  # up to this number of tokens, as in decoding, the weight is the left factor
 MIN_PARALLEL_N = 1280  # with at least about this number of outputs, oneDNN uses all threads for every M
@@ -20,14 +23,24 @@ MIN_PARALLEL_N = 1280  # with at least about this number of outputs, oneDNN uses
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K), weight (N, K), bias (N,) or None -> (..., N)."""
-    return F.linear(x, weight, bias)
+    # .to() returns the tensor itself if it has the dtype already
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.linear(x, weight.to(x.dtype), bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., K), weight (N, K), bias (N,) or None, all of one dtype -> (..., N)."""
-    if ops.plain or not uses_onednn_bf16(x.device, x.dtype):
+    """x (..., K), weight (N, K), bias (N,) or None -> (..., N), computed in the dtype of x. Weight and bias may be in
+    fp32, and their gradients are then in fp32."""
+    has_other_dtype = weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)
+    use_cast_linear = has_other_dtype and x.device.type != "cpu"
+    if ops.plain or not (use_cast_linear or uses_onednn_bf16(x.device, x.dtype)):
         return linear_reference(x, weight, bias)
     flat_x = x.reshape(-1, x.shape[-1])  # (..., K) -> (M, K)
+    if use_cast_linear:
+        y = CastLinear.apply(flat_x, weight, bias)
+        return y.view(*x.shape[:-1], len(weight))
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     if torch.is_grad_enabled():
         y = FastLinear.apply(flat_x, weight, bias)
     else:  # without an autograd Function, whose overhead is a twentieth of a decoding step
@@ -59,6 +72,37 @@ class FastLinear(torch.autograd.Function):
             dweight = dyT @ x  # (N, M) @ (M, K) -> (N, K)
         dbias = dy.sum(0) if need_dbias else None  # (M, N) -> (N,)
         return dx, dweight, dbias
+
+
+class CastLinear(torch.autograd.Function):
+    """F.linear for x (M, K), with the weight and the bias cast to its dtype. Their gradients are sums in fp32, and stay
+    in it: they are not rounded to the dtype of x, and need no cast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.dtype = weight.dtype
+        weight_trains = ctx.needs_input_grad[1]
+        weight = cast(weight, x.dtype)
+        ctx.save_for_backward(x if weight_trains else None, weight)
+        return F.linear(x, weight, None if bias is None else cast(bias, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_dx, need_dweight, need_dbias = ctx.needs_input_grad
+        dx = dy @ weight if need_dx else None  # (M, N) @ (N, K) -> (M, K)
+        dweight = matmul_to(dy.T, x, ctx.dtype) if need_dweight else None  # (N, M) @ (M, K) -> (N, K)
+        dbias = dy.sum(0, dtype=torch.float32) if need_dbias else None  # (M, N) -> (N,)
+        return dx, dweight, dbias
+
+
+def matmul_to(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`. From bf16 to fp32 a GPU writes its sums, which are in fp32, without rounding."""
+    # meta: tensors without values, on which the tests count the kernels of a GPU
+    if a.device.type in ("cuda", "meta") and a.dtype != dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 def matmul(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:

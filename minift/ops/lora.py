@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minift import ops
+from minift.ops.cast import cast
 from minift.ops.dropout import drop, dropout_reference
 from minift.ops.kernel_choice import choose
-from minift.ops.linear import linear_reference, matmul
+from minift.ops.linear import linear_reference, matmul, matmul_to
 
 
 class Update(NamedTuple):
@@ -83,6 +84,8 @@ class LoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
                 update: Update, kernel: str) -> Tensor:
+        ctx.dtype = A.dtype
+        A, B = cast(A, x.dtype), cast(B, x.dtype)
         if kernel == "torch":
             y, h = forward(x, weight, bias, A, B, update)
         else:
@@ -99,63 +102,71 @@ class LoRAFunction(torch.autograd.Function):
         x, weight, A, B, h = ctx.saved_tensors
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         if ctx.kernel == "torch":
-            dx, dA, dB = backward(dy, x, weight, A, B, h, ctx.update, need_dx)
+            dx, dA, dB = backward(dy, x, weight, A, B, h, ctx.update, need_dx, ctx.dtype)
         else:
             from minift.ops import lora_triton
             dx, dA, dB = lora_triton.lora_backward(dy, x, weight, A, B, h, *ctx.update, need_dx, ctx.kernel)
         dx = dx if need_dx else None  # Triton's operator returns an empty tensor
         dweight = dy.T @ x if need_dweight else None
         dbias = dy.sum(0) if need_dbias else None
-        return dx, dweight, dbias, dA, dB, None, None
+        return dx, dweight, dbias, dA.to(ctx.dtype), dB.to(ctx.dtype), None, None
 
 
-# ---- the implementation in PyTorch
+# ---- the implementation in PyTorch. A and B have the dtype of x. The thin matrices h and g hold the scale, so that no
+# other tensor is multiplied by it.
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, update: Update
             ) -> tuple[Tensor, Tensor]:
-    """y (M, N) and h = drop(x) A^T (M, P r)."""
-    A, B = A.to(x.dtype), B.to(x.dtype)
+    """y (M, N) and h = s drop(x) A^T (M, P r)."""
     parts, s = len(update.offsets), update.total_scale
     y = matmul(x, weight.T, bias)  # (M, K) @ (K, N) -> (M, N)
     dropped_x = drop([x], update.dropout, update.seed)[0] if update.dropout else x
-    h = dropped_x @ A.T  # (M, K) @ (K, P r) -> (M, P r)
+    h = x.new_empty(len(x), len(A))
+    h.addmm_(dropped_x, A.T, beta=0, alpha=s)  # (M, K) @ (K, P r) -> (M, P r)
     for columns, h_part, B_part in zip(part_columns(update, B), h.chunk(parts, 1), B.chunk(parts), strict=True):
-        y[:, columns].addmm_(h_part, B_part.T, alpha=s)  # (M, r) @ (r, n) -> (M, n)
+        y[:, columns].addmm_(h_part, B_part.T)  # (M, r) @ (r, n) -> (M, n)
     return y, h
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Tensor, update: Update,
-             need_dx: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """dx (M, K), or None if it is not needed, dA and dB.
+             need_dx: bool, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dx (M, K), or None if it is not needed, dA and dB in `dtype`.
 
-    With g_p = dy_p B_p of every part p: dA = s g^T drop(x), dB_p = s dy_p^T h_p, dx = dy W + s drop(g A).
+    With g_p = s dy_p B_p of every part p: dA = g^T drop(x), dB_p = dy_p^T h_p, dx = dy W + drop(g A).
     """
-    A_cast, B_cast = A.to(x.dtype), B.to(x.dtype)
     parts, s = len(update.offsets), update.total_scale
-    g_parts, dB_parts = [], []
-    for columns, h_part, B_part in zip(part_columns(update, B), h.chunk(parts, 1), B_cast.chunk(parts), strict=True):
+    g = torch.empty_like(h)  # (M, P r)
+    thin_parts = zip(h.chunk(parts, 1), g.chunk(parts, 1), B.chunk(parts), strict=True)
+    dB_parts = []
+    for columns, (h_part, g_part, B_part) in zip(part_columns(update, B), thin_parts, strict=True):
         dy_part = dy[:, columns]
-        g_parts.append(dy_part @ B_part)  # (M, n) @ (n, r) -> (M, r)
-        # as (h^T dy)^T, on a CPU faster than dy^T h: the wide matrix stays as it is stored
-        dB_parts.append((h_part.T @ dy_part).T)  # (r, M) @ (M, n) -> (r, n) -> (n, r)
-    g, dB = torch.cat(g_parts, 1), torch.cat(dB_parts)  # (M, P r) and (P n, r)
+        g_part.addmm_(dy_part, B_part, beta=0, alpha=s)  # (M, n) @ (n, r) -> (M, r)
+        dB_parts.append(matmul_transposed(dy_part, h_part, dtype))  # (n, M) @ (M, r) -> (n, r)
+    dB = torch.cat(dB_parts) if parts > 1 else dB_parts[0]  # (P n, r)
 
     if not update.dropout:
         dropped_x = x
     elif need_dx:  # one mask for both: computing it is the expensive part
-        dropped_x, dropped_gA = drop([x, g @ A_cast], update.dropout, update.seed)
+        dropped_x, dropped_gA = drop([x, g @ A], update.dropout, update.seed)
     else:
         dropped_x = drop([x], update.dropout, update.seed)[0]
-    dA = (g.T @ dropped_x).mul_(s)  # (P r, M) @ (M, K) -> (P r, K)
+    dA = matmul_to(g.T, dropped_x, dtype)  # (P r, M) @ (M, K) -> (P r, K)
 
     dx = None
     if need_dx:
         dx = matmul(dy, weight)  # (M, N) @ (N, K) -> (M, K)
         if update.dropout:
-            dx.add_(dropped_gA, alpha=s)
+            dx.add_(dropped_gA)
         else:
-            dx.addmm_(g, A_cast, alpha=s)
-    return dx, dA.to(A.dtype), dB.mul_(s).to(B.dtype)
+            dx.addmm_(g, A)
+    return dx, dA, dB
+
+
+def matmul_transposed(wide: Tensor, thin: Tensor, dtype: torch.dtype) -> Tensor:
+    """wide^T thin, contiguous, as AdamW and autograd want a gradient: (M, n) and (M, r) -> (n, r) in `dtype`."""
+    if wide.device.type == "cpu":  # faster as (thin^T wide)^T: the wide matrix stays as it is stored
+        return (thin.T @ wide).T.to(dtype, memory_format=torch.contiguous_format)
+    return matmul_to(wide.T, thin, dtype)
 
 
 def part_columns(update: Update, B: Tensor) -> Iterator[slice]:

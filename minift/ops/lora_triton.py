@@ -234,7 +234,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
 def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Tensor, offsets: list[int],
              scale: float, dropout: float, seed: Tensor | None, need_dx: bool, kernel: str
              ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (M, K), or an empty tensor without `need_dx`, dA and dB."""
+    """dx (M, K), or an empty tensor without `need_dx`, and dA and dB in fp32."""
     with torch.cuda.device_of(x):
         g, dB = expand(dy, B, h, tuple(offsets), scale / (1 - dropout))
         dA = outer(x, g, dropout, seed)
@@ -247,7 +247,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Ten
             dx = gemm(dy, weight.T, None, g, A.T, (0,), dropout, seed)
         else:  # it has the form of y = x W^T + h B^T, with a single part
             dx = product(kernel, dy, weight.T, None, g, A.T, (0,))
-        return dx, dA.to(A.dtype), dB.to(B.dtype)
+        return dx, dA, dB
 
 
 def fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -257,7 +257,8 @@ def fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, *_: 
 def fake_backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *rest: Any
                   ) -> tuple[Tensor, Tensor, Tensor]:
     *_, need_dx, _ = rest
-    return x.new_empty(x.shape if need_dx else 0), torch.empty_like(A), torch.empty_like(B)
+    dA, dB = (torch.empty_like(matrix, dtype=torch.float32) for matrix in (A, B))
+    return x.new_empty(x.shape if need_dx else 0), dA, dB
 
 
 def forward_flops(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *_: Any) -> int:
