@@ -53,6 +53,7 @@ from minift.files.weights import Base
 from minift.graphs import check_graphs, make_graphs
 from minift.model.gpt import GPT
 from minift.model.packing import Row
+from minift.progress import bad_step, check_learned, init_or_resume, run_metadata, validate
 from minift.report import compare, metrics, test_rows
 from minift.report.display import Display, TrainingView
 from minift.report.result import make_result, progress_facts, scores_line, summary
@@ -64,21 +65,16 @@ from minift.training import (
     MicroBatches,
     StepResult,
     apply_step,
-    bad_step,
     build,
     build_on_meta,
-    check_learned,
-    init_or_resume,
     iterate_steps,
     largest_batch,
     learning_rate,
     make_optimizer,
     reads_late,
-    run_metadata,
     total_steps,
     train_step,
     untouched_base,
-    validate,
 )
 from minift.trials import (
     Trials,
@@ -317,7 +313,7 @@ def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
     replica = replicate(model)
     graphs = make_graphs(model, optimizer, options, tuned.values())  # CUDA graphs of the steps, or None
     view = TrainingView(task.display, config, folder, steps, progress)
-    # A GPU works on a step while the loss of the step before is read: steps that are begun, and not yet in `progress`.
+    # steps that have begun and are not in `progress` yet: a GPU works on one while the loss of the one before is read
     unread: deque[tuple[MicroBatches, float, StepResult]] = deque()
     most_unread = 1 if reads_late(model.device) else 0
     stop = 0

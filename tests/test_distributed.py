@@ -48,6 +48,16 @@ def step(*arguments):
 train.train_step = step
 run_script(train.main)
 """
+# train.py, which reads the loss of a step after the next one has begun, as on GPUs
+LATE = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from minift import training
+from minift.errors import run_script
+train.reads_late = training.reads_late = lambda device: True
+run_script(train.main)
+"""
 
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -118,7 +128,11 @@ def assert_same_losses(one: Path, other: Path) -> None:
 )
 def test_two_processes_compute_what_one_computes(common: list[str], tmp_path: Path, options: list[str]) -> None:
     alone = trained(*common, *(o for o in options if o != "--shard"), "--out", tmp_path / "one")
-    ended = torchrun(tmp_path, *common, *options, "--out", tmp_path / "two")
+    program = ROOT / "train.py"
+    if "--shard" in options:
+        program = tmp_path / "late.py"
+        program.write_text(LATE)
+    ended = torchrun(tmp_path, *common, *options, "--out", tmp_path / "two", program=program)
     assert ended.code == 0 and ended.err == ""
     lines = [line for line in ended.out.splitlines() if not line.startswith("  shard")]
     assert len(lines) == len(alone.splitlines())  # one process prints

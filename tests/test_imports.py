@@ -15,7 +15,7 @@ ORDER = [  # a module imports from its own line and those above it
     ("files",),
     ("run",),
     ("report",),
-    ("training", "graphs", "trials"),
+    ("training", "graphs", "progress", "trials"),
     ("plan", "bench"),
     ("train", "eval"),
 ]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16)  # the kernels have no others
 MAX_HEAD_SIZE = 256
-# The operator behind scaled_dot_product_attention. torch.nn.attention.varlen calls it too, but has no dropout and no
-# stable signature. Its gradient is in torch's derivatives.yaml, in 2.11 and in 2.13.
+# The operator behind scaled_dot_product_attention, with a gradient for cu_seqlens too (torch's derivatives.yaml).
+# torch.nn.attention.varlen calls it, but has no dropout and no stable signature.
 flash_op = torch.ops.aten._flash_attention_forward
 
 
