@@ -23,7 +23,6 @@ Letters as in lora.py, and J = P r, the columns of h.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -120,7 +119,7 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, o
         drop_threshold(dropout),
         OFFSETS=offsets, R=rank,
         BIAS=bias is not None, DROPOUT=dropout > 0,
-        BR=rank_tile(rank, x.dtype),
+        BR=rank_tile(rank, x.dtype) if rank <= 64 else 32,  # the loop over a large rank needs registers
         GROUP=8,
         **tiles,
     )
@@ -244,7 +243,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
         if kernel == "hybrid":
             x_copy = x.new_empty(len(x), augmented_width(x.shape[1], len(A)))
             shrink(x, A, c, dropout, seed, h, x_copy)
-            y = F.linear(x_copy, augment(weight, B.to(x.dtype), tuple(offsets), x_copy.shape[1]), bias)
+            wide = augment(weight, B.to(x.dtype), tuple(offsets), x_copy.shape[1])
+            y = torch.mm(x_copy, wide.T) if bias is None else torch.addmm(bias, x_copy, wide.T)
         else:
             shrink(x, A, c, dropout, seed, h)
             y = product(kernel, x, weight, bias, h, B, tuple(offsets))
@@ -262,7 +262,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Ten
         if not need_dx:
             dx = x.new_empty(0)
         elif kernel == "hybrid" or kernel == "persistent" and dropout:
-            dx = dy @ weight
+            dx = torch.mm(dy, weight)
             add_update(dx, g, A, dropout, seed)
         elif dropout:
             dx = gemm(dy, weight.T, None, g, A.T, (0,), dropout, seed)
