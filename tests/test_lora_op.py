@@ -83,7 +83,7 @@ def test_gradients_with_dropout(shape: tuple) -> None:
     assert 0 < keep_mask(given["x"], 0.4, SEED).double().mean() < 1
 
     def kernel(*tensors: Tensor) -> Tensor:
-        return LoRAFunction.apply(*tensors, Update(offsets, SCALE, 0.4, SEED), False)
+        return LoRAFunction.apply(*tensors, Update(offsets, SCALE, 0.4, SEED), "torch")
 
     assert torch.autograd.gradcheck(kernel, tuple(given.values()))
 
@@ -95,7 +95,7 @@ def test_dropout_is_that_of_the_formula() -> None:
     wanted = F.linear(x, weight, bias)
     update = lora_linear_reference(dropped, weight, None, A, B, Update((0, 8), SCALE))
     update = update - F.linear(dropped, weight)
-    got = LoRAFunction.apply(x, weight, bias, A, B, Update((0, 8), SCALE, 0.4, SEED), False)
+    got = LoRAFunction.apply(x, weight, bias, A, B, Update((0, 8), SCALE, 0.4, SEED), "torch")
     assert torch.allclose(got, wanted + update)
     assert torch.equal(got[:, 4:8], wanted[:, 4:8])  # the columns between the parts are not touched
 

@@ -23,7 +23,6 @@ Letters as in lora.py, and J = P r, the columns of h.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -31,7 +30,13 @@ from minift.ops import register_op
 from minift.ops.dropout import drop_threshold
 from minift.ops.lora_triton_gemm import gemm_kernel
 from minift.ops.lora_triton_hybrid import add_update, augment, augmented_width
-from minift.ops.lora_triton_kernels import expand_kernel, outer_kernel, shrink_kernel, sum_kernel
+from minift.ops.lora_triton_kernels import (
+    expand_kernel,
+    outer_kernel,
+    shrink_kernel,
+    sum_kernel,
+    sum_two_kernel,
+)
 from minift.ops.lora_triton_persistent import is_possible, persistent_gemm
 from minift.ops.lora_triton_tiles import gemm_tiles, gpu_of, rank_tile, split_length
 
@@ -114,7 +119,7 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, o
         drop_threshold(dropout),
         OFFSETS=offsets, R=rank,
         BIAS=bias is not None, DROPOUT=dropout > 0,
-        BR=rank_tile(rank, x.dtype),
+        BR=rank_tile(rank, x.dtype) if rank <= 64 else 32,  # the loop over a large rank needs registers
         GROUP=8,
         **tiles,
     )
@@ -130,7 +135,7 @@ def product(kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tens
 
 
 def outer(x: Tensor, g: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """g^T drop(x), (J, K) in fp32."""
+    """The summands (chunks, J, K) of g^T drop(x), in fp32."""
     M, K = x.shape
     J = g.shape[1]
     BJ = rank_tile(J, x.dtype)
@@ -139,7 +144,7 @@ def outer(x: Tensor, g: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     else:
         tiles = dict(BM=64, BK=128, BJ=BJ, num_warps=8 if BJ == 64 else 4, num_stages=3)
     # The output is small, so its tiles alone would leave most of the GPU idle. The M tokens are split into chunks of
-    # CHUNK, for some 256 programs in all; each writes its own sum, and the sums are added below.
+    # CHUNK, for some 256 programs in all; each writes its own sum.
     tiles_k, tiles_j = triton.cdiv(K, tiles["BK"]), triton.cdiv(J, BJ)
     chunk_rows = max(tiles["BM"], triton.cdiv(M * tiles_k * tiles_j, 256))
     CHUNK = triton.next_power_of_2(chunk_rows)  # a multiple of BM; few values, as each is compiled anew
@@ -157,11 +162,11 @@ def outer(x: Tensor, g: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
         CHUNK=CHUNK,
         **tiles,
     )
-    return da.sum(0)
+    return da
 
 
 def expand(dy: Tensor, B: Tensor, h: Tensor, offsets: tuple[int, ...], c: float) -> tuple[Tensor, Tensor]:
-    """g = c dy_p B_p for every part p, (M, J), and dB = dy_p^T h_p in fp32, like B."""
+    """g = c dy_p B_p for every part p, (M, J), and the summands (chunks, P n, r) of dB = dy_p^T h_p in fp32."""
     M, parts, rank = len(dy), len(offsets), B.shape[1]
     n = len(B) // parts
     B = B.to(dy.dtype)
@@ -176,24 +181,26 @@ def expand(dy: Tensor, B: Tensor, h: Tensor, offsets: tuple[int, ...], c: float)
     chunks = triton.cdiv(M, BM)
     length = split_length(gpu_of(dy.device), n, BN, chunks * parts)
     splits = triton.cdiv(n, length)
-    g_parts = dy.new_empty(splits, *h.shape, dtype=torch.float32)
+    g = torch.empty_like(h)
+    target = dy.new_empty(splits, *h.shape, dtype=torch.float32) if splits > 1 else g
     db = dy.new_empty(chunks, *B.shape, dtype=torch.float32)
     expand_kernel[(chunks, parts, splits)](
         dy,
         B,
         h,
-        g_parts,
+        target,
         db,
         M, n, length,
         dy.stride(0), dy.stride(1),
         B.stride(0), B.stride(1),
+        1.0 if splits > 1 else c,
         OFFSETS=offsets, R=rank,
         BM=BM, BN=BN, BR=rank_tile(rank, dy.dtype),
         num_warps=8, num_stages=stages,
     )
-    g = torch.empty_like(h)
-    add_up(g_parts, c, g)
-    return g, db.sum(0)
+    if splits > 1:
+        add_up(target, c, g)
+    return g, db
 
 
 def expand_in_two(dy: Tensor, B: Tensor, h: Tensor, offsets: tuple[int, ...], c: float
@@ -207,8 +214,20 @@ def expand_in_two(dy: Tensor, B: Tensor, h: Tensor, offsets: tuple[int, ...], c:
     for p, start in enumerate(offsets):
         dy_part = dy[:, start : start + n]
         shrink(dy_part, B_parts[p].T, c, 0.0, None, g_parts[p])  # g_p = c dy_p B_p
-        dB.append(outer(dy_part, h_parts[p], 0.0, None).T)  # h_p^T dy_p, transposed
-    return g, torch.cat(dB)
+        dB.append(outer(dy_part, h_parts[p], 0.0, None).sum(0).T)  # h_p^T dy_p, transposed
+    return g, torch.cat(dB)[None]
+
+
+def add_two(a_parts: Tensor, b_parts: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over the first dimension of two tensors in fp32."""
+    a, b = (parts.new_empty(parts.shape[1:]) for parts in (a_parts, b_parts))
+    BLOCK = 128
+    sum_two_kernel[(triton.cdiv(max(a.numel(), b.numel()), BLOCK), 2)](
+        a_parts, a, len(a_parts), a.numel(),
+        b_parts, b, len(b_parts), b.numel(),
+        COUNT=16, BLOCK=BLOCK,
+    )
+    return a, b
 
 
 # ---- the two operators
@@ -224,7 +243,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
         if kernel == "hybrid":
             x_copy = x.new_empty(len(x), augmented_width(x.shape[1], len(A)))
             shrink(x, A, c, dropout, seed, h, x_copy)
-            y = F.linear(x_copy, augment(weight, B.to(x.dtype), tuple(offsets), x_copy.shape[1]), bias)
+            wide = augment(weight, B.to(x.dtype), tuple(offsets), x_copy.shape[1])
+            y = torch.mm(x_copy, wide.T) if bias is None else torch.addmm(bias, x_copy, wide.T)
         else:
             shrink(x, A, c, dropout, seed, h)
             y = product(kernel, x, weight, bias, h, B, tuple(offsets))
@@ -236,12 +256,13 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Ten
              ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (M, K), or an empty tensor without `need_dx`, and dA and dB in fp32."""
     with torch.cuda.device_of(x):
-        g, dB = expand(dy, B, h, tuple(offsets), scale / (1 - dropout))
-        dA = outer(x, g, dropout, seed)
+        g, db = expand(dy, B, h, tuple(offsets), scale / (1 - dropout))
+        da = outer(x, g, dropout, seed)
+        dA, dB = add_two(da, db)
         if not need_dx:
             dx = x.new_empty(0)
         elif kernel == "hybrid" or kernel == "persistent" and dropout:
-            dx = dy @ weight
+            dx = torch.mm(dy, weight)
             add_update(dx, g, A, dropout, seed)
         elif dropout:
             dx = gemm(dy, weight.T, None, g, A.T, (0,), dropout, seed)
