@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from scripts import Ended, run
+from test_graphs import REPLAYS, on_cpu  # noqa: F401  (a fixture)
 
 pytest.importorskip("triton", reason="triton is not installed: the dry run has no kernels to check")
 
@@ -21,6 +23,8 @@ from minift.bench.gpu import NO_TIME
 from minift.bench.gpu_stages import STAGES, TrainUnit
 from minift.bench.report import DRY, Report
 from minift.bench.targets import NOT_MEASURED, targets
+from minift.bench.train import TrainBenchOptions
+from minift.modes import MODES
 from minift.ops.kernel_choice import KERNELS, RULE_FILE, check_kernel
 
 CPU = torch.device("cpu")
@@ -67,7 +71,7 @@ def test_every_stage_of_a_dry_run(full: Dry) -> None:
     assert {result["verdict"] for result in checks} == {"right"}
     for kernel in KERNELS[1:]:
         assert sum(result["check"].startswith(f"{kernel}, ") for result in checks) >= 4  # y, dx, dA, dB
-    assert {result["mode"] for result in full.stages["train"]["results"]} == set(bench_train.MODES)
+    assert {result["mode"] for result in full.stages["train"]["results"]} == set(MODES)
     assert {result["kernel"] for result in full.stages["rule"]["results"]} == {"torch"}
     assert "tokens/s, 64 rows" in full.ended.out  # the table for the README
 
@@ -136,14 +140,26 @@ def test_the_units_of_the_half_hour(monkeypatch: pytest.MonkeyPatch) -> None:
         options = gpu_stages.train_options(unit.size, unit.batch, unit.ragged, False)
         bench_train.check(options, [unit.mode])
         check_kernel(unit.kernel or "auto", CPU)  # the interpreter is here, so each is known
+        train_options = bench_train.train_settings(replace(options, device="cpu", graphs=unit.graphs))
+        assert train_options.graphs == unit.graphs and train_options.batch == unit.batch
     first = list(units["train"].values())[0]
     assert first == TrainUnit("gpt2", "lora", 8, "auto") and options.tokens - 1 == 170
     assert {(unit.size, unit.mode) for unit in units["train"].values()} == {
-        (size, mode) for size in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") for mode in bench_train.MODES}
+        (size, mode) for size in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") for mode in MODES}
     assert set(layers.OUR_KERNELS) <= layers.NAMES.keys()
     for unit in units["kernels"].values():
         assert set(unit.rows) <= layers.NAMES.keys() and unit.case.work("torch", 2)
     assert {unit.case.M for unit in units["kernels"].values()} == {2048, 8192, 16384}
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_steps_from_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for graphs and flash attention: the timed steps replay, and the check compares the losses."""
+    options = TrainBenchOptions("tiny", batch=2, tokens=20, targets=5, steps=2, device="cpu", dtype="fp32", graphs="on")
+    result = bench_train.measure("lora", MODES["lora"].Options(), options, torch.float32, CPU)
+    assert result["graphs"] == "on" and len(REPLAYS) == 3 and result["flops_per_step"] > 0
+    [same] = gpu_checks.check_graphs("lora", CPU)
+    assert same["verdict"] == "right"
 
 
 def test_a_check_sees_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,9 +27,11 @@ import torch
 from minift.bench import ceilings, decode, kernels, train
 from minift.bench.gpu_checks import ROOT, checks
 from minift.bench.layers import OUR_KERNELS, Case, find_rows
+from minift.bench.models import SIZES
 from minift.bench.train import TrainBenchOptions, count_tokens, random_steps
 from minift.device import choose_dtype, machine_name
 from minift.errors import UserError
+from minift.graphs import check_graphs
 from minift.modes import MODES
 from minift.ops import attention, flash_attention, kernel_choice
 from minift.ops.kernel_choice import RULE_FILE, gpu_generation, read_rule, why_no_triton, write_rule
@@ -184,13 +186,14 @@ class TrainUnit:
     mode: str
     batch: int
     kernel: str | None = None  # of mode lora
+    graphs: str = "auto"
     ragged: bool = False
     padded: bool = False  # attention of padded rows, where packed rows are the default
 
     def __str__(self) -> str:
-        kernel = f", {self.kernel}" if self.kernel else ""
-        return (f"{self.mode}{kernel}, {self.size}, {self.batch} rows{', ragged' if self.ragged else ''}"
-                f"{', padded attention' if self.padded else ''}")
+        words = [self.mode, self.kernel, self.size, f"{self.batch} rows", f"graphs {self.graphs}"]
+        words += [word for word, given in (("ragged", self.ragged), ("padded attention", self.padded)) if given]
+        return ", ".join(filter(None, words))
 
 
 def train_units(dry: bool) -> dict[str, Any]:
@@ -198,11 +201,14 @@ def train_units(dry: bool) -> dict[str, Any]:
         units = [TrainUnit("tiny", mode, 2, "torch" if mode == "lora" else None) for mode in MODES]
         units += [TrainUnit("tiny", "lora", 2, "auto", ragged=True, padded=True)]
     else:
-        units = [TrainUnit("gpt2", "lora", batch, kernel) for kernel in kernel_choice.KERNELS for batch in (8, 64)]
+        units = [TrainUnit("gpt2", "lora", batch, "auto") for batch in (8, 64)]
+        units += [TrainUnit("gpt2", "lora", batch, kernel, graphs) for graphs in ("off", "on")
+                  for kernel in kernel_choice.KERNELS for batch in (8, 64)]
         others = [mode for mode in MODES if mode != "lora"]
         units += [TrainUnit("gpt2", mode, 8) for mode in others]
-        units += [TrainUnit("gpt2", "lora", batch, "auto", ragged=True, padded=padded)
+        units += [TrainUnit("gpt2", "lora", batch, "auto", "off", ragged=True, padded=padded)
                   for batch in (8, 64) for padded in (False, True)]
+        units += [TrainUnit("gpt2", "lora", batch, "auto", "on", ragged=True) for batch in (8, 64)]
         units += [TrainUnit("gpt2", mode, 64) for mode in others]
         for batch in (8, 64):
             for size in ("gpt2-medium", "gpt2-large", "gpt2-xl"):
@@ -213,8 +219,11 @@ def train_units(dry: bool) -> dict[str, Any]:
 
 def train_options(size: str, batch: int, ragged: bool, dry: bool) -> TrainBenchOptions:
     """Rows of 170 tokens that the model reads."""
-    tokens = dict(tokens=20, targets=5, steps=2) if dry else dict(tokens=171, targets=27, steps=20)
-    return TrainBenchOptions(size=size, batch=batch, ragged=ragged, **tokens)
+    if dry:
+        sizes = dict(tokens=20, targets=5, steps=2, dtype="fp32", device="cpu")
+    else:
+        sizes = dict(tokens=171, targets=27, steps=20, device="cuda")
+    return TrainBenchOptions(size=size, batch=batch, ragged=ragged, **sizes)
 
 
 @contextlib.contextmanager
@@ -239,13 +248,14 @@ def measure_training(unit: TrainUnit, context: Context) -> Iterator[Result]:
     if unit.kernel:
         kernel_choice.check_kernel(unit.kernel, context.device)
     options = train_options(unit.size, unit.batch, unit.ragged, context.dry)
-    options = replace(options, mode=unit.mode, kernel=unit.kernel)
+    options = replace(options, mode=unit.mode, kernel=unit.kernel, graphs=unit.graphs)
+    check_graphs(train.train_settings(options), SIZES[unit.size])
     chosen = train.mode_options(unit.mode, options)
     with attention_of(unit.padded):
         result = train.measure(unit.mode, chosen, options, context.dtype, context.device)
     share = result["flops_per_second"] / context.facts["flops_per_second"]
     yield {"table": "train", "size": unit.size, "batch": unit.batch, "rows": "ragged" if unit.ragged else "equal",
-           "kernel": unit.kernel, "attention": attention_name(unit.padded, context), "graphs": None,
+           "kernel": unit.kernel, "attention": attention_name(unit.padded, context),
            "product_share": share} | result
 
 
@@ -285,7 +295,8 @@ def measure_peer(unit: PeerUnit, context: Context) -> Iterator[Result]:
     common = {"table": "peer", "mode": unit.mode, "batch": unit.batch, "rows": "ragged" if unit.ragged else "equal"}
     ours = train.measure(unit.mode, chosen, options, context.dtype, context.device)
     rate = ours["tokens_per_second"]
-    yield common | {"program": "minift", "tokens_per_second": rate, "peak_memory_bytes": ours["peak_memory_bytes"]}
+    figures = {name: ours[name] for name in ("tokens_per_second", "first_ms", "peak_memory_bytes")}
+    yield common | {"program": "minift"} | figures
     if not all(importlib.util.find_spec(package) for package in ("transformers", "peft")):
         raise UserError("transformers and peft are not installed: minift alone is measured")
     for program, flags in list(STACKS.items())[: 1 if context.dry else None]:
@@ -298,7 +309,10 @@ def run_stack(unit: PeerUnit, options: TrainBenchOptions, flags: list[str], cont
     steps = random_steps(options, 0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "batches.json"
-        path.write_text(json.dumps([[{"ids": row.ids, "spans": row.spans} for row in rows] for rows in steps]))
+        # on a GPU the third pass is timed, as that of minift
+        passes = 1 if context.dry else 3
+        batches = [[{"ids": row.ids, "spans": row.spans} for row in rows] for rows in passes * steps]
+        path.write_text(json.dumps(batches))
         command = [sys.executable, "-m", "minift.bench.usual_stack", "--size", unit.size, "--batches", str(path),
                    "--mode", unit.mode, "--dtype", "fp32" if context.dry else "bf16", "--lr", "1e-4", "--device",
                    context.device.type, *flags]
@@ -306,8 +320,10 @@ def run_stack(unit: PeerUnit, options: TrainBenchOptions, flags: list[str], cont
     if ended.returncode:
         raise UserError((ended.stderr.strip().splitlines() or ["no message"])[-1])
     measured = json.loads(ended.stdout.splitlines()[-1])
-    rates = [count_tokens(rows) / seconds for rows, seconds in zip(steps, measured["seconds"], strict=True)]
+    first, last = measured["seconds"][: len(steps)], measured["seconds"][-len(steps) :]
+    rates = [count_tokens(rows) / seconds for rows, seconds in zip(steps, last, strict=True)]
     return {"tokens_per_second": statistics.median(rates[train.WARMUP :]),
+            "first_ms": statistics.median(first[train.WARMUP :]) * 1e3,
             "peak_memory_bytes": measured["peak_memory_bytes"]}
 
 
