@@ -22,7 +22,7 @@ from minift.bench.__main__ import main
 from minift.bench.gpu import NO_TIME
 from minift.bench.gpu_stages import STAGES, TrainUnit
 from minift.bench.report import DRY, Report
-from minift.bench.targets import NOT_MEASURED, targets
+from minift.bench.targets import NOT_MEASURED, readme_lines, targets
 from minift.bench.train import TrainBenchOptions
 from minift.modes import MODES
 from minift.ops.kernel_choice import KERNELS, RULE_FILE, check_kernel
@@ -234,6 +234,7 @@ def test_targets() -> None:
         peer | {"program": "stack", "tokens_per_second": 50_000},
         peer | {"program": "stack, no cuDNN", "tokens_per_second": 125_000},
     ]
+    assert "| lora" in readme_lines(results)[-1] and "500,000" in readme_lines(results)[-1]
     found = {one["target"]: (one["measured"], one["met"]) for one in targets(results)}
     missing = (NOT_MEASURED, NOT_MEASURED)
     assert list(found.values()) == [("1.25", "no"), missing, missing, missing, missing, ("1.25", "yes"),
