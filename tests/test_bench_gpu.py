@@ -16,11 +16,12 @@ from test_graphs import REPLAYS, on_cpu  # noqa: F401  (a fixture)
 
 pytest.importorskip("triton", reason="triton is not installed: the dry run has no kernels to check")
 
-from minift.bench import gpu_checks, gpu_stages, layers, parts, timing
+from minift.bench import gpu_checks, layers, parts, timing
 from minift.bench import train as bench_train
 from minift.bench.__main__ import main
 from minift.bench.gpu import NO_TIME
-from minift.bench.gpu_stages import STAGES, TrainUnit
+from minift.bench.gpu_stages import STAGES
+from minift.bench.gpu_training import TrainUnit, train_options, train_units
 from minift.bench.report import DRY, Report
 from minift.bench.targets import NOT_MEASURED, readme_lines, targets
 from minift.bench.train import TrainBenchOptions
@@ -105,7 +106,7 @@ def test_a_lost_process_and_a_signal(full: Dry, tmp_path: Path, monkeypatch: pyt
     train, decode = dry.stages["train"], dry.stages["decode"]
     assert [reason for _, reason in train["failed"]] == ["its process died"]
     lost = [train["failed"][0][0], *(unit for unit, _ in train["not_measured"])]
-    assert len(train["results"]) >= 3 and len(train["results"]) + len(lost) >= len(gpu_stages.train_units(True))
+    assert len(train["results"]) >= 3 and len(train["results"]) + len(lost) >= len(train_units(True))
     assert {reason for _, reason in train["not_measured"] + decode["not_measured"]} == {"stopped by SIGTERM"}
     assert decode["not_measured"] and not decode["results"]
     assert not multiprocessing.active_children()
@@ -137,11 +138,11 @@ def test_the_units_of_the_half_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     units = {stage.name: stage.units(False) for stage in STAGES}
     assert all(units.values())
     for unit in units["train"].values():
-        options = gpu_stages.train_options(unit.size, unit.batch, unit.ragged, False)
+        options = train_options(unit.size, unit.batch, unit.ragged, False)
         bench_train.check(options, [unit.mode])
         check_kernel(unit.kernel or "auto", CPU)  # the interpreter is here, so each is known
-        train_options = bench_train.train_settings(replace(options, device="cpu", graphs=unit.graphs))
-        assert train_options.graphs == unit.graphs and train_options.batch == unit.batch
+        settings = bench_train.train_settings(replace(options, device="cpu", graphs=unit.graphs))
+        assert settings.graphs == unit.graphs and settings.batch == unit.batch
     first = list(units["train"].values())[0]
     assert first == TrainUnit("gpt2", "lora", 8, "auto") and options.tokens - 1 == 170
     assert {(unit.size, unit.mode) for unit in units["train"].values()} == {

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from minift.bench.command import read_options
-from minift.bench.gpu_stages import STAGES, Context, Stage
+from minift.bench.gpu_context import Context
+from minift.bench.gpu_stages import STAGES, Stage
 from minift.bench.report import DRY, Report
 from minift.bench.targets import TARGET_COLUMNS, readme_lines, targets
 from minift.device import configure_process
