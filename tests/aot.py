@@ -2,7 +2,7 @@
 
 A layer's step is launched on meta tensors. Instead of running, each kernel is compiled as that launch would
 have it, and triton's own tools read registers, stack (spills), shared memory and matrix instructions.
-The last line is JSON. With --all, many ranks, shapes and dtypes: some fifteen minutes.
+The last line is JSON. With --all, many ranks, shapes and dtypes: some ten minutes.
 """
 
 import json
@@ -23,7 +23,6 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction, MockTensor  # noqa: E402
 
 from minift.ops import lora_triton, lora_triton_gemm, lora_triton_tiles  # noqa: E402
-from minift.ops.kernel_choice import KERNELS  # noqa: E402
 from minift.ops.lora_triton_tiles import Gpu  # noqa: E402
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
@@ -54,11 +53,14 @@ CASES = [
     Case(80, "triton", torch.float16, 8192, 768, 3072, (0,), 16, 0.1, (*LARGE, "shrink_kernel")),
     Case(120, "triton", BF16, 8192, 4096, 4096, (0,), 16, 0.1, (*LARGE, "expand_kernel")),
 ]
-ALL = [Case(cc, kernel, dtype, M, K, N, offsets, rank, dropout)
-       for cc in GPUS for kernel in KERNELS[2:] if cc == 90 or kernel != "persistent"
-       for dtype in (BF16, torch.float32) for M in (2048, 16384)
-       for K, N, offsets in ((768, 2304, QV), (3072, 768, (0,)), (1601, 1601, (0,)), (4096, 4096, (0,)))
+SHAPES = ((768, 2304, QV), (3072, 768, (0,)), (1601, 1601, (0,)), (4096, 4096, (0,)))
+ALL = [Case(cc, "triton", BF16, 8192, K, N, offsets, rank, dropout) for cc in GPUS for K, N, offsets in SHAPES
        for rank in (8, 32, 64, 256) for dropout in (0.0, 0.1)]
+ALL += [Case(cc, "triton", torch.float32, 2048, K, N, offsets, 64, 0.1) for cc in GPUS for K, N, offsets in SHAPES[:3]]
+ALL += [Case(cc, "hybrid", dtype, 2048, K, N, offsets, rank, 0.1) for cc in GPUS for K, N, offsets in SHAPES[:3]
+        for dtype, rank in ((BF16, 8), (BF16, 256), (torch.float32, 64))]
+ALL += [Case(90, "persistent", BF16, 8192, K, N, offsets, rank, 0.0, LARGE) for K, N, offsets in SHAPES
+        for rank in (8, 32, 64, 256)]
 
 
 def launches(cases: list[Case]) -> dict[tuple, JITFunction]:

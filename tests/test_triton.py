@@ -62,6 +62,7 @@ def poisoned() -> Any:
 def two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's GPU: loops are split over a few programs, and a persistent program computes many tiles."""
     monkeypatch.setattr(lora_triton_tiles, "WITHOUT_GPU", lora_triton_tiles.Gpu(2, 227))
+    monkeypatch.setattr(lora_triton_tiles, "LEAST_BLOCKS", 1)
 
 
 def operands(shape: tuple, dtype: torch.dtype, seed: int, contiguous: bool = False) -> dict[str, Any]:
@@ -388,11 +389,14 @@ def test_tiles_fill_the_waves_of_a_gpu() -> None:
             columns(RTX_5090, 8192, 4096)} == {128}
 
 
-@pytest.mark.parametrize("length, programs, wanted", [(768, 128, 256), (768, 32, 64), (768, 264, 768), (50, 1, 64),
-                                                      (4096, 64, 768), (768, 0, 64)])  # fmt: skip
-def test_loops_are_split_until_there_are_two_programs_a_processor(length: int, programs: int, wanted: int) -> None:
-    part = lora_triton_tiles.split_length(lora_triton_tiles.Gpu(132, 227), length, 64, programs)
-    assert part == wanted and (max(programs, 1) * -(-length // part) >= 264 or part == 64)
+@pytest.mark.parametrize("length, programs, least, wanted", [
+    (768, 128, 1, 256), (768, 32, 1, 128), (768, 264, 1, 768), (50, 1, 1, 64), (768, 0, 1, 64),
+    (768, 32, 8, 768), (4096, 64, 8, 832), (3072, 22, 8, 512)])  # fmt: skip
+def test_loops_are_split_for_two_programs_a_processor(
+    monkeypatch: pytest.MonkeyPatch, length: int, programs: int, least: int, wanted: int
+) -> None:
+    monkeypatch.setattr(lora_triton_tiles, "LEAST_BLOCKS", least)
+    assert lora_triton_tiles.split_length(lora_triton_tiles.Gpu(132, 227), length, 64, programs) == wanted
 
 
 def test_compiled_for_three_gpus_without_one() -> None:
@@ -401,14 +405,14 @@ def test_compiled_for_three_gpus_without_one() -> None:
     ended = process("tests/aot.py", cwd=ROOT, TRITON_INTERPRET="0", timeout=600)
     assert ended.code == 0, ended.err
     compiled = json.loads(ended.out.splitlines()[-1])
-    names = {"shrink_kernel", "sum_kernel", "gemm_kernel", "persistent_kernel", "expand_kernel", "outer_kernel",
-             "augment_kernel", "add_kernel"}
+    names = {"shrink_kernel", "sum_kernel", "sum_two_kernel", "gemm_kernel", "persistent_kernel", "expand_kernel",
+             "outer_kernel", "augment_kernel", "add_kernel"}
     assert {one["kernel"] for one in compiled} == names and {one["cc"] for one in compiled} == {80, 90, 120}
     tiles = {(one["cc"], one["constants"]["BN"]) for one in compiled if one["kernel"] == "gemm_kernel"}
     assert tiles >= {(80, 128), (90, 256), (90, 128), (120, 128)}
     for one in compiled:
         assert one["stack"] == 0 and one["registers"] <= 255 and one["shared"] <= one["limit"], one
-        if one["kernel"] not in ("sum_kernel", "augment_kernel"):
+        if one["kernel"] not in ("sum_kernel", "sum_two_kernel", "augment_kernel"):
             assert one["wgmma" if one["cc"] == 90 else "mma"] > 0, one
         if one["kernel"] in ("shrink_kernel", "expand_kernel"):
             assert max(one["waits"]) >= 2, one  # groups of loads that are on their way while a product runs

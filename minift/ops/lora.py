@@ -106,7 +106,7 @@ class LoRAFunction(torch.autograd.Function):
         dx = dx if need_dx else None  # Triton's operator returns an empty tensor
         dweight = dy.T @ x if need_dweight else None
         dbias = dy.sum(0) if need_dbias else None
-        return dx, dweight, dbias, dA, dB, None, None
+        return dx, dweight, dbias, dA.to(A.dtype), dB.to(B.dtype), None, None
 
 
 # ---- the implementation in PyTorch

@@ -31,7 +31,13 @@ from minift.ops import register_op
 from minift.ops.dropout import drop_threshold
 from minift.ops.lora_triton_gemm import gemm_kernel
 from minift.ops.lora_triton_hybrid import add_update, augment, augmented_width
-from minift.ops.lora_triton_kernels import expand_kernel, outer_kernel, shrink_kernel, sum_kernel
+from minift.ops.lora_triton_kernels import (
+    expand_kernel,
+    outer_kernel,
+    shrink_kernel,
+    sum_kernel,
+    sum_two_kernel,
+)
 from minift.ops.lora_triton_persistent import is_possible, persistent_gemm
 from minift.ops.lora_triton_tiles import gemm_tiles, gpu_of, rank_tile, split_length
 
@@ -130,7 +136,7 @@ def product(kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tens
 
 
 def outer(x: Tensor, g: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """g^T drop(x), (J, K) in fp32."""
+    """The summands (chunks, J, K) of g^T drop(x), in fp32."""
     M, K = x.shape
     J = g.shape[1]
     BJ = rank_tile(J, x.dtype)
@@ -139,7 +145,7 @@ def outer(x: Tensor, g: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     else:
         tiles = dict(BM=64, BK=128, BJ=BJ, num_warps=8 if BJ == 64 else 4, num_stages=3)
     # The output is small, so its tiles alone would leave most of the GPU idle. The M tokens are split into chunks of
-    # CHUNK, for some 256 programs in all; each writes its own sum, and the sums are added below.
+    # CHUNK, for some 256 programs in all; each writes its own sum.
     tiles_k, tiles_j = triton.cdiv(K, tiles["BK"]), triton.cdiv(J, BJ)
     chunk_rows = max(tiles["BM"], triton.cdiv(M * tiles_k * tiles_j, 256))
     CHUNK = triton.next_power_of_2(chunk_rows)  # a multiple of BM; few values, as each is compiled anew
@@ -157,11 +163,11 @@ def outer(x: Tensor, g: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
         CHUNK=CHUNK,
         **tiles,
     )
-    return da.sum(0)
+    return da
 
 
 def expand(dy: Tensor, B: Tensor, h: Tensor, offsets: tuple[int, ...], c: float) -> tuple[Tensor, Tensor]:
-    """g = c dy_p B_p for every part p, (M, J), and dB = dy_p^T h_p in fp32, like B."""
+    """g = c dy_p B_p for every part p, (M, J), and the summands (chunks, P n, r) of dB = dy_p^T h_p in fp32."""
     M, parts, rank = len(dy), len(offsets), B.shape[1]
     n = len(B) // parts
     B = B.to(dy.dtype)
@@ -176,24 +182,26 @@ def expand(dy: Tensor, B: Tensor, h: Tensor, offsets: tuple[int, ...], c: float)
     chunks = triton.cdiv(M, BM)
     length = split_length(gpu_of(dy.device), n, BN, chunks * parts)
     splits = triton.cdiv(n, length)
-    g_parts = dy.new_empty(splits, *h.shape, dtype=torch.float32)
+    g = torch.empty_like(h)
+    target = dy.new_empty(splits, *h.shape, dtype=torch.float32) if splits > 1 else g
     db = dy.new_empty(chunks, *B.shape, dtype=torch.float32)
     expand_kernel[(chunks, parts, splits)](
         dy,
         B,
         h,
-        g_parts,
+        target,
         db,
         M, n, length,
         dy.stride(0), dy.stride(1),
         B.stride(0), B.stride(1),
+        1.0 if splits > 1 else c,
         OFFSETS=offsets, R=rank,
         BM=BM, BN=BN, BR=rank_tile(rank, dy.dtype),
         num_warps=8, num_stages=stages,
     )
-    g = torch.empty_like(h)
-    add_up(g_parts, c, g)
-    return g, db.sum(0)
+    if splits > 1:
+        add_up(target, c, g)
+    return g, db
 
 
 def expand_in_two(dy: Tensor, B: Tensor, h: Tensor, offsets: tuple[int, ...], c: float
@@ -207,8 +215,20 @@ def expand_in_two(dy: Tensor, B: Tensor, h: Tensor, offsets: tuple[int, ...], c:
     for p, start in enumerate(offsets):
         dy_part = dy[:, start : start + n]
         shrink(dy_part, B_parts[p].T, c, 0.0, None, g_parts[p])  # g_p = c dy_p B_p
-        dB.append(outer(dy_part, h_parts[p], 0.0, None).T)  # h_p^T dy_p, transposed
-    return g, torch.cat(dB)
+        dB.append(outer(dy_part, h_parts[p], 0.0, None).sum(0).T)  # h_p^T dy_p, transposed
+    return g, torch.cat(dB)[None]
+
+
+def add_two(a_parts: Tensor, b_parts: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over the first dimension of two tensors in fp32."""
+    a, b = (parts.new_empty(parts.shape[1:]) for parts in (a_parts, b_parts))
+    BLOCK = 128
+    sum_two_kernel[(triton.cdiv(max(a.numel(), b.numel()), BLOCK), 2)](
+        a_parts, a, len(a_parts), a.numel(),
+        b_parts, b, len(b_parts), b.numel(),
+        COUNT=16, BLOCK=BLOCK,
+    )
+    return a, b
 
 
 # ---- the two operators
@@ -234,10 +254,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
 def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Tensor, offsets: list[int],
              scale: float, dropout: float, seed: Tensor | None, need_dx: bool, kernel: str
              ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (M, K), or an empty tensor without `need_dx`, dA and dB."""
+    """dx (M, K), or an empty tensor without `need_dx`, and dA and dB in fp32."""
     with torch.cuda.device_of(x):
-        g, dB = expand(dy, B, h, tuple(offsets), scale / (1 - dropout))
-        dA = outer(x, g, dropout, seed)
+        g, db = expand(dy, B, h, tuple(offsets), scale / (1 - dropout))
+        da = outer(x, g, dropout, seed)
+        dA, dB = add_two(da, db)
         if not need_dx:
             dx = x.new_empty(0)
         elif kernel == "hybrid" or kernel == "persistent" and dropout:
@@ -247,7 +268,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Ten
             dx = gemm(dy, weight.T, None, g, A.T, (0,), dropout, seed)
         else:  # it has the form of y = x W^T + h B^T, with a single part
             dx = product(kernel, dy, weight.T, None, g, A.T, (0,))
-        return dx, dA.to(A.dtype), dB.to(B.dtype)
+        return dx, dA, dB
 
 
 def fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -257,7 +278,8 @@ def fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, *_: 
 def fake_backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *rest: Any
                   ) -> tuple[Tensor, Tensor, Tensor]:
     *_, need_dx, _ = rest
-    return x.new_empty(x.shape if need_dx else 0), torch.empty_like(A), torch.empty_like(B)
+    dA, dB = (torch.empty_like(matrix, dtype=torch.float32) for matrix in (A, B))
+    return x.new_empty(x.shape if need_dx else 0), dA, dB
 
 
 def forward_flops(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *_: Any) -> int:

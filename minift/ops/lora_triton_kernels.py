@@ -112,15 +112,16 @@ def expand_kernel(
     dy,  # (M, N)
     b,  # (P n, R)
     h,  # (M, P R)
-    g,  # (splits, M, P R) in fp32
+    g,  # (splits, M, P R)
     db,  # (chunks, P n, R) in fp32
     M, n, length,
     stride_dm, stride_dn,
     stride_bn: tl.constexpr, stride_br: tl.constexpr,
+    c,
     OFFSETS: tl.constexpr, R: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):
-    """The parts of g_p = dy_p b_p and dB_p = dy_p^T h_p that depend on BM rows and `length` columns of dy_p, with one
+    """The parts of g_p = c dy_p b_p and dB_p = dy_p^T h_p that depend on BM rows and `length` columns of dy_p, with one
     read of dy. A program for every BM rows, every part p and every `length` columns, a multiple of BN."""
     P: tl.constexpr = len(OFFSETS)
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -150,7 +151,8 @@ def expand_kernel(
         db_rows = (tl.program_id(0).to(tl.int64) * P + p) * n + local
         tl.store(db + db_rows[:, None] * R + r[None, :], db_tile, b_mask)
     g_rows = tl.program_id(2).to(tl.int64) * M + rows
-    tl.store(g + g_rows[:, None] * (P * R) + h_columns, acc, h_mask)
+    g_tile = (acc * c).to(g.dtype.element_ty)
+    tl.store(g + g_rows[:, None] * (P * R) + h_columns, g_tile, h_mask)
 
 
 @triton.jit
@@ -191,3 +193,28 @@ def outer_kernel(
     da_rows = (tl.program_id(1) * J + j).to(tl.int64)
     da_pointers = da + da_rows[None, :] * K + k[:, None]
     tl.store(da_pointers, acc, k_mask[:, None] & j_mask[None, :])
+
+
+@triton.jit
+def sum_two_kernel(
+    a_parts, a, a_count, a_size,  # (a_count, a_size), (a_size,)
+    b_parts, b, b_count, b_size,  # (b_count, b_size), (b_size,)
+    COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """a = the sum of a_parts, and b = the sum of b_parts, all in fp32: two sums with one launch."""
+    if tl.program_id(1) == 0:
+        sum_block(a_parts, a, a_count, a_size, COUNT, BLOCK)
+    else:
+        sum_block(b_parts, b, b_count, b_size, COUNT, BLOCK)
+
+
+@triton.jit
+def sum_block(parts, total, count, size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK numbers of the sum of `count` parts, COUNT parts at a time."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((COUNT, BLOCK), tl.float32)
+    for first in range(0, count, COUNT):
+        s = first + tl.arange(0, COUNT)
+        pointers = parts + s.to(tl.int64)[:, None] * size + i[None, :]
+        acc += tl.load(pointers, (s < count)[:, None] & (i < size)[None, :], other=0.0)
+    tl.store(total + i, tl.sum(acc, 0), i < size)

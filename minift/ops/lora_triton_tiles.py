@@ -24,6 +24,9 @@ WITHOUT_GPU = Gpu(132, 227)  # an H100, for Triton's interpreter
 # {compute capability: shared_kib}, CUDA C++ Programming Guide, table of technical specifications; elsewhere 99
 SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 
+# A split loop needs one more launch, to add the parts. By estimate, not measured, that takes as long as some 8 blocks.
+LEAST_BLOCKS = 8
+
 
 def gpu_of(device: torch.device) -> Gpu:
     return cuda_gpu(device) if device.type == "cuda" else WITHOUT_GPU
@@ -75,7 +78,8 @@ def rank_tile(rank: int, dtype: torch.dtype) -> int:
 
 def split_length(gpu: Gpu, length: int, block: int, programs: int) -> int:
     """The part of a loop over `length` that each program computes, a multiple of `block`. With too few programs the
-    loop is split, so that there are two for each processor of the GPU (or one for each block of the loop)."""
+    loop is split, so that there are two for each processor of the GPU, but not into less than LEAST_BLOCKS blocks."""
     blocks = triton.cdiv(length, block)
-    splits = triton.cdiv(2 * gpu.processors, max(1, programs))  # max: without tokens there are no programs
-    return max(1, blocks // splits) * block
+    wanted = triton.cdiv(2 * gpu.processors, max(1, programs))  # max: without tokens there are no programs
+    splits = max(1, min(wanted, blocks // LEAST_BLOCKS))
+    return triton.cdiv(blocks, splits) * block
