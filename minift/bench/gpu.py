@@ -152,12 +152,11 @@ def worker(stage: Stage, first: int, context: Context) -> Iterator[Connection]:
         yield receiver
     finally:
         receiver.close()
-        process.join(timeout=1)
-        if process.is_alive():
-            with contextlib.suppress(ProcessLookupError):  # it may have ended now, or not begun
+        if process.is_alive():  # all that it has sent is read, or is not wanted any more
+            with contextlib.suppress(ProcessLookupError):  # it has ended now, or not begun
                 os.killpg(process.pid, signal.SIGKILL)  # with the programs that it has started
             process.kill()
-            process.join()
+        process.join()
 
 
 def next_message(receiver: Connection, silence: float, why_stop: WhyStop) -> Message:
