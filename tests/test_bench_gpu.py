@@ -5,22 +5,27 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from scripts import Ended, run
+from test_graphs import REPLAYS, on_cpu  # noqa: F401  (a fixture)
 
 pytest.importorskip("triton", reason="triton is not installed: the dry run has no kernels to check")
 
-from minift.bench import gpu_checks, gpu_stages, layers, parts, timing
+from minift.bench import gpu_checks, layers, parts, timing
 from minift.bench import train as bench_train
 from minift.bench.__main__ import main
 from minift.bench.gpu import NO_TIME
-from minift.bench.gpu_stages import STAGES, TrainUnit
+from minift.bench.gpu_stages import STAGES
+from minift.bench.gpu_training import TrainUnit, train_options, train_units
 from minift.bench.report import DRY, Report
-from minift.bench.targets import NOT_MEASURED, targets
+from minift.bench.targets import NOT_MEASURED, readme_lines, targets
+from minift.bench.train import TrainBenchOptions
+from minift.modes import MODES
 from minift.ops.kernel_choice import KERNELS, RULE_FILE, check_kernel
 
 CPU = torch.device("cpu")
@@ -67,7 +72,7 @@ def test_every_stage_of_a_dry_run(full: Dry) -> None:
     assert {result["verdict"] for result in checks} == {"right"}
     for kernel in KERNELS[1:]:
         assert sum(result["check"].startswith(f"{kernel}, ") for result in checks) >= 4  # y, dx, dA, dB
-    assert {result["mode"] for result in full.stages["train"]["results"]} == set(bench_train.MODES)
+    assert {result["mode"] for result in full.stages["train"]["results"]} == set(MODES)
     assert {result["kernel"] for result in full.stages["rule"]["results"]} == {"torch"}
     assert "tokens/s, 64 rows" in full.ended.out  # the table for the README
 
@@ -101,7 +106,7 @@ def test_a_lost_process_and_a_signal(full: Dry, tmp_path: Path, monkeypatch: pyt
     train, decode = dry.stages["train"], dry.stages["decode"]
     assert [reason for _, reason in train["failed"]] == ["its process died"]
     lost = [train["failed"][0][0], *(unit for unit, _ in train["not_measured"])]
-    assert len(train["results"]) >= 3 and len(train["results"]) + len(lost) >= len(gpu_stages.train_units(True))
+    assert len(train["results"]) >= 3 and len(train["results"]) + len(lost) >= len(train_units(True))
     assert {reason for _, reason in train["not_measured"] + decode["not_measured"]} == {"stopped by SIGTERM"}
     assert decode["not_measured"] and not decode["results"]
     assert not multiprocessing.active_children()
@@ -133,17 +138,29 @@ def test_the_units_of_the_half_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     units = {stage.name: stage.units(False) for stage in STAGES}
     assert all(units.values())
     for unit in units["train"].values():
-        options = gpu_stages.train_options(unit.size, unit.batch, unit.ragged, False)
+        options = train_options(unit.size, unit.batch, unit.ragged, False)
         bench_train.check(options, [unit.mode])
         check_kernel(unit.kernel or "auto", CPU)  # the interpreter is here, so each is known
+        settings = bench_train.train_settings(replace(options, device="cpu", graphs=unit.graphs))
+        assert settings.graphs == unit.graphs and settings.batch == unit.batch
     first = list(units["train"].values())[0]
     assert first == TrainUnit("gpt2", "lora", 8, "auto") and options.tokens - 1 == 170
     assert {(unit.size, unit.mode) for unit in units["train"].values()} == {
-        (size, mode) for size in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") for mode in bench_train.MODES}
+        (size, mode) for size in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") for mode in MODES}
     assert set(layers.OUR_KERNELS) <= layers.NAMES.keys()
     for unit in units["kernels"].values():
         assert set(unit.rows) <= layers.NAMES.keys() and unit.case.work("torch", 2)
     assert {unit.case.M for unit in units["kernels"].values()} == {2048, 8192, 16384}
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_steps_from_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for graphs and flash attention: the timed steps replay, and the check compares the losses."""
+    options = TrainBenchOptions("tiny", batch=2, tokens=20, targets=5, steps=2, device="cpu", dtype="fp32", graphs="on")
+    result = bench_train.measure("lora", MODES["lora"].Options(), options, torch.float32, CPU)
+    assert result["graphs"] == "on" and len(REPLAYS) == 3 and result["flops_per_step"] > 0
+    [same] = gpu_checks.check_graphs("lora", CPU)
+    assert same["verdict"] == "right"
 
 
 def test_a_check_sees_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +184,7 @@ def test_each_kernel_alone() -> None:
     case, facts = layers.Case(16, 48, 20, 3, 0.1, "qv"), {"flops_per_second": 1e9, "bytes_per_second": 1e9}
     ring = layers.make_ring(case, torch.float32, CPU, 0)
     found = {result["part"]: result for result in parts.measure(case, ring, layers.OUR_KERNELS, 1, facts)}
-    assert len(found) == 11 and all(result["ms"] > 0 for result in found.values())
+    assert len(found) == 12 and all(result["ms"] > 0 for result in found.values())
     assert found["y = x W^T, torch"]["floor_ms"] == pytest.approx(2 * 20 * 16 * 48 / 1e9 * 1e3)  # bound by its FLOPs
     few_bytes = 4 * (20 * 16 + 20 * 6) + 4 * 6 * 16
     assert found["dA = g^T x, outer"]["floor_ms"] == pytest.approx(max(2 * 20 * 6 * 16, few_bytes) / 1e9 * 1e3)
@@ -218,6 +235,7 @@ def test_targets() -> None:
         peer | {"program": "stack", "tokens_per_second": 50_000},
         peer | {"program": "stack, no cuDNN", "tokens_per_second": 125_000},
     ]
+    assert "| lora" in readme_lines(results)[-1] and "500,000" in readme_lines(results)[-1]
     found = {one["target"]: (one["measured"], one["met"]) for one in targets(results)}
     missing = (NOT_MEASURED, NOT_MEASURED)
     assert list(found.values()) == [("1.25", "no"), missing, missing, missing, missing, ("1.25", "yes"),

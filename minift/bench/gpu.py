@@ -1,4 +1,4 @@
-"""python -m minift.bench gpu: all that is to be known about a GPU, in half an hour.
+"""python -m minift.bench gpu: the correctness and the speed of everything on a GPU, in half an hour.
 
 Correctness of every kernel and mode on the device, the table of the kernels and the rule of --kernel auto, training of
 every mode at four sizes beside transformers and PEFT, and decoding: in this order, the most important first. Each stage
@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from minift.bench.command import read_options
-from minift.bench.gpu_stages import STAGES, Context, Stage
+from minift.bench.gpu_context import Context
+from minift.bench.gpu_stages import STAGES, Stage
 from minift.bench.report import DRY, Report
 from minift.bench.targets import TARGET_COLUMNS, readme_lines, targets
 from minift.device import configure_process
@@ -139,8 +140,9 @@ def run_worker(stage: Stage, units: list[str], first: int, context: Context, rep
 def worker(stage: Stage, first: int, context: Context) -> Iterator[Connection]:
     """While entered, a process measures the units of a stage from number `first` on. Gives the end of a pipe at which
     its messages arrive."""
-    # a fork of a server that has imported torch: it starts at once, and inherits neither threads nor a GPU in use
-    methods = multiprocessing.get_context("forkserver")
+    # A new process imports torch, which takes seconds. A dry run forks a server that has imported it already; with a
+    # GPU that would fail if any import in the server had asked for the GPU.
+    methods = multiprocessing.get_context("forkserver" if context.dry else "spawn")
     methods.set_forkserver_preload([__name__, "torch._dynamo"])  # every optimizer imports the second, for seconds
     receiver, sender = methods.Pipe(duplex=False)
     process = methods.Process(target=measure_units, args=(stage.name, first, context, sender))
@@ -150,25 +152,24 @@ def worker(stage: Stage, first: int, context: Context) -> Iterator[Connection]:
         yield receiver
     finally:
         receiver.close()
-        process.join(timeout=1)
-        if process.is_alive():
-            with contextlib.suppress(ProcessLookupError):  # it may have ended now, or not begun
+        if process.is_alive():  # all that it has sent is read, or is not wanted any more
+            with contextlib.suppress(ProcessLookupError):  # it has ended now, or not begun
                 os.killpg(process.pid, signal.SIGKILL)  # with the programs that it has started
             process.kill()
-            process.join()
+        process.join()
 
 
 def next_message(receiver: Connection, silence: float, why_stop: WhyStop) -> Message:
     """The next message of a worker, "stop" and the reason, or "lost" and the reason."""
     silent_until = time.monotonic() + silence
     while True:
+        if reason := why_stop():
+            return "stop", reason
         try:
             if receiver.poll(POLL_SECONDS):
                 return receiver.recv()
         except (EOFError, OSError):
             return "lost", "its process died"
-        if reason := why_stop():
-            return "stop", reason
         if time.monotonic() > silent_until:
             return "lost", f"no result for {silence:.0f} seconds"
 

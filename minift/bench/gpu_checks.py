@@ -21,6 +21,7 @@ from torch import Tensor
 from minift import modes, ops
 from minift.bench.layers import OUR_KERNELS, SCALE, Case, make_ring
 from minift.device import dtype_name
+from minift.graphs import make_graphs
 from minift.model.generate import generate
 from minift.model.gpt import GPT, GPTConfig
 from minift.model.packing import Row, pack
@@ -31,6 +32,7 @@ from minift.ops.dropout import dropout_reference, keep_mask
 from minift.ops.gelu import gelu_tanh
 from minift.ops.kernel_choice import check_kernel
 from minift.ops.lora import lora_linear
+from minift.run.config import TrainOptions
 from minift.training import apply_step, make_optimizer, train_step
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +42,7 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 MODEL_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 SHAPE = GPTConfig(vocab_size=211, n_positions=160, n_embd=128, n_layer=2, n_head=2, eos_token_id=0)  # hs = 64
 LENGTHS = (70, 3, 128, 41, 1)  # of rows
-TESTS = ("test_triton.py", "test_attention.py", "test_lora_op.py")
+TESTS = ("test_triton.py", "test_flash_attention.py", "test_graphs.py", "test_lora_op.py")
 
 
 def verdict(check: str, error: float, bound: float) -> Result:
@@ -95,7 +97,7 @@ def check_layer(case: Case, kernel: str, dtype: torch.dtype, device: torch.devic
 
 
 def check_replay(case: Case, kernel: str, device: torch.device) -> Iterator[Result]:
-    """Forward and backward pass replayed from a CUDA graph give the same bits as launched one by one."""
+    """Forward and backward pass replayed from a CUDA graph give the same values as launched one by one."""
     check_kernel(kernel, device)
     layer = make_ring(case, torch.bfloat16, device, 0)[0]
     leaves = [layer[name] for name in ("x", "A", "B")]
@@ -116,7 +118,7 @@ def check_replay(case: Case, kernel: str, device: torch.device) -> Iterator[Resu
     for tensor in got:
         tensor.detach().zero_()  # so that only a replay that writes can be right
     graph.replay()
-    yield verdict(f"{kernel}, {case}: replayed from a graph", worst_error(got, expected), 0)
+    yield verdict(f"{kernel}, {case}: replayed from a graph", worst_error(got, expected), BOUNDS[torch.bfloat16])
 
 
 def check_attention(dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
@@ -222,6 +224,28 @@ def check_steps(mode: str, kernel: str, device: torch.device) -> Iterator[Result
     yield verdict(f"{mode}: losses of 8 steps, float32", relative_error(got, expected), MODEL_BOUNDS[torch.float32])
 
 
+def check_graphs(mode: str, device: torch.device) -> Iterator[Result]:
+    """The losses of steps from CUDA graphs, of two buckets in turn, against those without."""
+    def losses(graphs: str) -> Tensor:
+        model = small_model(mode, "auto", torch.bfloat16, device)
+        optimizer, found = make_optimizer(model, 1e-3, 0.0), []
+        settings = TrainOptions(graphs=graphs, device=device.type, dtype="bf16", batch=len(LENGTHS))
+        runner = make_graphs(model, optimizer, settings, modes.tuned_parameters(model).values())
+        for _ in range(4):
+            for rows in (ragged_rows(), ragged_rows()[:2]):
+                if runner:
+                    result = runner.step([rows])
+                else:
+                    result = train_step(model, [rows], settings.clip)
+                    apply_step(optimizer, result)
+                found.append(result.read()[0])
+        assert (runner is None) == (graphs == "off"), "graphs cannot be made here"
+        return torch.tensor(found)
+
+    error = relative_error(losses("on"), losses("off"))
+    yield verdict(f"{mode}: losses of 8 steps with graphs and without, bfloat16", error, 1e-3)
+
+
 def check_decoding(device: torch.device) -> Iterator[Result]:
     """Tokens of greedy decoding with the cache against those of the whole row, in float32."""
     model = small_model("lora", "auto", torch.float32, device).eval()
@@ -264,6 +288,9 @@ def checks(device: torch.device, dry: bool) -> dict[str, Check]:
                 found[f"{mode}, {kernel}, {dtype_name(dtype)}"] = partial(check_mode, mode, kernel, dtype, device)
     for mode in ("lora",) if dry else MODES:
         found[f"{mode}, steps"] = partial(check_steps, mode, "auto", device)
+    if not dry:
+        for mode in MODES:
+            found[f"{mode}, graphs"] = partial(check_graphs, mode, device)
     found["decoding"] = partial(check_decoding, device)
     if not dry and importlib.util.find_spec("pytest"):
         for file in TESTS:

@@ -4,60 +4,27 @@ that measures one unit and yields its results. Each result names its table of re
 Every stage has two sizes: that of the half hour on a GPU, and a tiny one for --dry on a CPU.
 """
 
-import contextlib
 import importlib.metadata
-import importlib.util
 import itertools
-import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 
-from minift.bench import ceilings, decode, kernels, train
-from minift.bench.gpu_checks import ROOT, checks
+from minift.bench import ceilings, decode, kernels
+from minift.bench.gpu_checks import checks
+from minift.bench.gpu_context import Context, Result
+from minift.bench.gpu_training import measure_peer, measure_training, peer_units, train_units
 from minift.bench.layers import OUR_KERNELS, Case, find_rows
-from minift.bench.train import TrainBenchOptions, count_tokens, random_steps
-from minift.device import choose_dtype, machine_name
-from minift.errors import UserError
-from minift.modes import MODES
-from minift.ops import attention, flash_attention, kernel_choice
+from minift.device import machine_name
 from minift.ops.kernel_choice import RULE_FILE, gpu_generation, read_rule, why_no_triton, write_rule
 
-Result = dict[str, Any]
-Run = Callable[[Any, "Context"], Iterator[Result]]
-
-
-@dataclass(frozen=True)
-class Context:
-    """The half hour's settings, and the results of the stages before this one."""
-
-    dry: bool
-    folder: Path  # of the report
-    results: tuple[Result, ...] = ()
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu" if self.dry else "cuda")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.dry else choose_dtype("auto", self.device)
-
-    @property
-    def facts(self) -> Result:
-        """The results of the stage "machine", by name."""
-        return {result["fact"]: result["number"] for result in self.results if result["table"] == "machine"}
+Run = Callable[[Any, Context], Iterator[Result]]
 
 
 @dataclass(frozen=True)
@@ -174,141 +141,6 @@ def make_rule(unit: None, context: Context) -> Iterator[Result]:
         read_rule.cache_clear()
     for name, measured in read_rule(path).items():
         yield {"table": "rule", "class": name} | measured
-
-
-# ---- training
-
-@dataclass(frozen=True)
-class TrainUnit:
-    size: str
-    mode: str
-    batch: int
-    kernel: str | None = None  # of mode lora
-    ragged: bool = False
-    padded: bool = False  # attention of padded rows, where packed rows are the default
-
-    def __str__(self) -> str:
-        kernel = f", {self.kernel}" if self.kernel else ""
-        return (f"{self.mode}{kernel}, {self.size}, {self.batch} rows{', ragged' if self.ragged else ''}"
-                f"{', padded attention' if self.padded else ''}")
-
-
-def train_units(dry: bool) -> dict[str, Any]:
-    if dry:
-        units = [TrainUnit("tiny", mode, 2, "torch" if mode == "lora" else None) for mode in MODES]
-        units += [TrainUnit("tiny", "lora", 2, "auto", ragged=True, padded=True)]
-    else:
-        units = [TrainUnit("gpt2", "lora", batch, kernel) for kernel in kernel_choice.KERNELS for batch in (8, 64)]
-        others = [mode for mode in MODES if mode != "lora"]
-        units += [TrainUnit("gpt2", mode, 8) for mode in others]
-        units += [TrainUnit("gpt2", "lora", batch, "auto", ragged=True, padded=padded)
-                  for batch in (8, 64) for padded in (False, True)]
-        units += [TrainUnit("gpt2", mode, 64) for mode in others]
-        for batch in (8, 64):
-            for size in ("gpt2-medium", "gpt2-large", "gpt2-xl"):
-                units += [TrainUnit(size, "lora", batch, kernel) for kernel in ("auto", "torch")]
-                units += [TrainUnit(size, mode, batch) for mode in others]
-    return {str(unit): unit for unit in units}
-
-
-def train_options(size: str, batch: int, ragged: bool, dry: bool) -> TrainBenchOptions:
-    """Rows of 170 tokens that the model reads."""
-    tokens = dict(tokens=20, targets=5, steps=2) if dry else dict(tokens=171, targets=27, steps=20)
-    return TrainBenchOptions(size=size, batch=batch, ragged=ragged, **tokens)
-
-
-@contextlib.contextmanager
-def attention_of(padded: bool) -> Iterator[None]:
-    """While entered, attention pads the rows if `padded`; otherwise it takes the fastest form of the device."""
-    if padded:
-        with mock.patch.object(attention, "takes_flash", lambda *_: False):
-            yield
-    else:
-        yield
-
-
-def attention_name(padded: bool, context: Context) -> str | None:
-    """The form of attention that a GPU takes; None on a CPU."""
-    if context.dry:
-        return None
-    has_packed = context.dtype in flash_attention.DTYPES and flash_attention.has_flash(context.device)
-    return "packed" if has_packed and not padded else "padded"
-
-
-def measure_training(unit: TrainUnit, context: Context) -> Iterator[Result]:
-    if unit.kernel:
-        kernel_choice.check_kernel(unit.kernel, context.device)
-    options = train_options(unit.size, unit.batch, unit.ragged, context.dry)
-    options = replace(options, mode=unit.mode, kernel=unit.kernel)
-    chosen = train.mode_options(unit.mode, options)
-    with attention_of(unit.padded):
-        result = train.measure(unit.mode, chosen, options, context.dtype, context.device)
-    share = result["flops_per_second"] / context.facts["flops_per_second"]
-    yield {"table": "train", "size": unit.size, "batch": unit.batch, "rows": "ragged" if unit.ragged else "equal",
-           "kernel": unit.kernel, "attention": attention_name(unit.padded, context), "graphs": None,
-           "product_share": share} | result
-
-
-# ---- beside transformers and PEFT
-
-@dataclass(frozen=True)
-class PeerUnit:
-    size: str
-    mode: str
-    batch: int
-    ragged: bool = False
-
-
-def peer_units(dry: bool) -> dict[str, Any]:
-    if dry:
-        units = [PeerUnit("tiny", "lora", 2, ragged=True)]
-    else:
-        units = [PeerUnit("gpt2", mode, batch, ragged) for mode, batch, ragged in (
-            ("lora", 8, False), ("lora", 64, False), ("lora", 8, True), ("full", 8, False), ("lora", 64, True),
-            ("full", 64, False), ("selective", 8, False), ("prompt", 8, False))]
-    return {f"{unit.mode}, {unit.batch} rows{', ragged' if unit.ragged else ''}": unit for unit in units}
-
-
-STACKS = {"stack": [], "stack, no cuDNN": ["--no-cudnn"], "stack, dropout 0": ["--model-dropout", "0"]}
-PEER_OPTIONS = {  # the same parameters as in usual_stack.py
-    "lora": {"targets": "q,k,v", "rank": 8, "alpha": 16.0},
-    "selective": {"train": "top:2,final"},
-    "prompt": {"prompt_tokens": 20},
-    "full": {},
-}
-
-
-def measure_peer(unit: PeerUnit, context: Context) -> Iterator[Result]:
-    """minift and the usual stack on the same rows, first minift."""
-    options = train_options(unit.size, unit.batch, unit.ragged, context.dry)
-    chosen = MODES[unit.mode].Options(**PEER_OPTIONS[unit.mode])
-    common = {"table": "peer", "mode": unit.mode, "batch": unit.batch, "rows": "ragged" if unit.ragged else "equal"}
-    ours = train.measure(unit.mode, chosen, options, context.dtype, context.device)
-    rate = ours["tokens_per_second"]
-    yield common | {"program": "minift", "tokens_per_second": rate, "peak_memory_bytes": ours["peak_memory_bytes"]}
-    if not all(importlib.util.find_spec(package) for package in ("transformers", "peft")):
-        raise UserError("transformers and peft are not installed: minift alone is measured")
-    for program, flags in list(STACKS.items())[: 1 if context.dry else None]:
-        stack = run_stack(unit, options, flags, context)
-        yield common | {"program": program, "times": rate / stack["tokens_per_second"]} | stack
-
-
-def run_stack(unit: PeerUnit, options: TrainBenchOptions, flags: list[str], context: Context) -> Result:
-    """usual_stack.py in a process of its own, on the rows of bench train. Raises UserError with its last line."""
-    steps = random_steps(options, 0)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "batches.json"
-        path.write_text(json.dumps([[{"ids": row.ids, "spans": row.spans} for row in rows] for rows in steps]))
-        command = [sys.executable, "-m", "minift.bench.usual_stack", "--size", unit.size, "--batches", str(path),
-                   "--mode", unit.mode, "--dtype", "fp32" if context.dry else "bf16", "--lr", "1e-4", "--device",
-                   context.device.type, *flags]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if ended.returncode:
-        raise UserError((ended.stderr.strip().splitlines() or ["no message"])[-1])
-    measured = json.loads(ended.stdout.splitlines()[-1])
-    rates = [count_tokens(rows) / seconds for rows, seconds in zip(steps, measured["seconds"], strict=True)]
-    return {"tokens_per_second": statistics.median(rates[train.WARMUP :]),
-            "peak_memory_bytes": measured["peak_memory_bytes"]}
 
 
 # ---- decoding

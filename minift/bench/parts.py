@@ -68,6 +68,11 @@ def kernels(case: Case, itemsize: int, usable: list[str]) -> dict[str, Part]:
     def outer(layer: Layer) -> None:
         lora_triton.outer(layer["x"], layer["h"], dropout, layer["seed"])
 
+    def thin_gradients(layer: Layer) -> None:
+        g, dB = lora_triton.expand(layer["dy"], layer["b"], layer["h"], offsets, SCALE)
+        dA = lora_triton.outer(layer["x"], g, dropout, layer["seed"])
+        lora_triton.add_two(dA, dB)  # expand and outer give the summands of chunks of tokens
+
     def gemm_dx(layer: Layer) -> None:
         lora_triton.gemm(layer["dy"], layer["weight"].T, None, layer["h"], layer["a"].T, (0,), dropout, layer["seed"])
 
@@ -77,6 +82,8 @@ def kernels(case: Case, itemsize: int, usable: list[str]) -> dict[str, Part]:
 
     flops, nbytes = 2 * M * N * K, itemsize * (M * K + M * N + N * K + M * J)
     thin_in, thin_out = 2 * M * J * K, 2 * M * case.rank * outputs
+    expand_bytes = itemsize * (M * outputs + 2 * M * J) + 4 * outputs * case.rank  # dA and dB are in fp32
+    outer_bytes = itemsize * (M * K + M * J) + 4 * J * K
     def persistent(layer: Layer) -> None:
         lora_triton.product("persistent", layer["x"], layer["weight"], layer["bias"], layer["h"], layer["b"], offsets)
 
@@ -87,9 +94,9 @@ def kernels(case: Case, itemsize: int, usable: list[str]) -> dict[str, Part]:
         "y = x W^T + h B^T, gemm": Part(gemm, flops + thin_out, nbytes),
         "dx = dy W + g A, gemm": Part(gemm_dx, flops + thin_in, nbytes),
         "h = x A^T, shrink": Part(shrink, thin_in, itemsize * (M * K + K * J + M * J)),
-        # dA and dB are in fp32
-        "g and dB, expand": Part(expand, 2 * thin_out, itemsize * (M * outputs + 2 * M * J) + 4 * outputs * case.rank),
-        "dA = g^T x, outer": Part(outer, thin_in, itemsize * (M * K + M * J) + 4 * J * K),
+        "g and dB, expand": Part(expand, 2 * thin_out, expand_bytes),
+        "dA = g^T x, outer": Part(outer, thin_in, outer_bytes),
+        "g, dB, dA and sums": Part(thin_gradients, 2 * thin_out + thin_in, expand_bytes + outer_bytes),
         # of the hybrid
         "[x, h], shrink": Part(shrink_copy, thin_in, itemsize * (M * K + K * J + M * width)),
         "[W, B], augment": Part(lambda layer: augment(layer["weight"], layer["b"], offsets, width), 0,

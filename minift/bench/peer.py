@@ -12,16 +12,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from minift import modes
 from minift.bench.command import print_facts, read_options
 from minift.bench.samples import write_base, write_rows
 from minift.data.dataset import load_examples
+from minift.device import choose_device
 from minift.errors import UserError
 from minift.files import weights
 from minift.files.atomic import read_json
@@ -67,6 +66,7 @@ class PeerOptions:
     batch: int = option(8, "rows in a step", least=1)
     steps: int = option(8, f"steps of each run, of which the first {WARMUP} are not timed", least=WARMUP + 1)
     rounds: int = option(2, "runs of each program, in turn", least=1)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     compile: bool = option(False, "measure the stack with torch.compile too (takes minutes to compile)")
 
 
@@ -79,7 +79,8 @@ def bench_peer(arguments: list[str]) -> None:
     if others := set(dtypes) - {"fp32", "bf16"}:
         raise UserError(f"--dtype {options.dtype}: must be fp32, bf16 or fp32,bf16")
     has_stack = all(importlib.util.find_spec(package) for package in ("transformers", "peft"))
-    facts = print_facts(options, torch.device("cpu"))
+    device = choose_device(options.device)
+    facts = print_facts(options, device)
     if not has_stack:
         print("transformers and peft are not installed: train.py alone is measured\n")
     print(table_head(COLUMNS, WIDTHS))
@@ -91,7 +92,7 @@ def bench_peer(arguments: list[str]) -> None:
             write_rows(Path(folder) / "rows.jsonl", 200 + options.batch * options.steps, options.tokens)
         for mode in chosen:
             for dtype in dtypes:
-                for result in measure(mode, dtype, options, Path(folder), has_stack):
+                for result in measure(mode, dtype, replace(options, device=device.type), Path(folder), has_stack):
                     results.append(result)
                     print(table_row(result, COLUMNS, WIDTHS), flush=True)
     print(json.dumps(facts | {"rows": results}))
@@ -101,7 +102,8 @@ def measure(mode: str, dtype: str, options: PeerOptions, folder: Path, has_stack
     """The figures of every program for one mode and dtype, minift first."""
     model, data = options.model or folder / "base", options.data or folder / "rows.jsonl"
     flags = ["--model", str(model), "--data", str(data), "--mode", mode, *MODE_FLAGS[mode], "--dtype", dtype,
-             "--device", "cpu", "--order", "file", "--batch", str(options.batch), "--steps", str(options.steps),
+             "--device", options.device, "--order", "file",
+             "--batch", str(options.batch), "--steps", str(options.steps),
              "--eval-every", str(options.steps), "--lr", str(LEARNING_RATE), "--weight-decay", "0",
              "--schedule", "constant", "--warmup-ratio", "0", "--max-length", "512", "--val-rows", "1",
              "--test-rows", "1", "--max-new-tokens", "1"]
@@ -118,7 +120,8 @@ def measure(mode: str, dtype: str, options: PeerOptions, folder: Path, has_stack
                 runs[name].append(run_minift(flags, folder / "run"))
             else:
                 command = ["-m", "minift.bench.usual_stack", "--batches", str(folder / "batches.json"), "--model",
-                           str(model), "--mode", mode, "--dtype", dtype, "--lr", str(LEARNING_RATE), *more]
+                           str(model), "--mode", mode, "--dtype", dtype, "--lr", str(LEARNING_RATE), "--device",
+                           options.device, *more]
                 runs[name].append(json.loads(run_python(command).splitlines()[-1]))
     results = []
     for name, of_program in runs.items():

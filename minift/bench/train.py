@@ -29,6 +29,7 @@ from minift.device import (
     reset_peak_memory,
 )
 from minift.errors import UserError
+from minift.graphs import check_graphs, make_graphs
 from minift.model.packing import Row
 from minift.modes import MODES
 from minift.ops.kernel_choice import KERNELS, check_kernel
@@ -68,6 +69,7 @@ class TrainBenchOptions:
     rank: int | None = option(None, "LoRA's rank (default: the mode's)", least=1)
     dropout: float | None = option(None, "LoRA's dropout (default: the mode's)", least=0, below=1)
     kernel: str | None = option(None, "LoRA's implementation (default: auto)", choices=KERNELS)
+    graphs: str = option("auto", "CUDA graphs of the steps, as in train.py", choices=("auto", "on", "off"))
     dtype: str = option("auto", "compute dtype; auto: bf16 where the hardware has it", choices=DTYPES)
     device: str = option("auto", "where to compute", choices=DEVICES)
     busy: bool = option(False, "also measure beside a program that keeps one core busy")
@@ -80,6 +82,7 @@ def bench_train(arguments: list[str]) -> None:
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     check_kernel(options.kernel or "auto", device)
+    check_graphs(train_settings(options), SIZES[options.size])
     facts = print_facts(options, device, dtype=dtype_name(dtype))
     columns = COLUMNS | BUSY_COLUMNS if options.busy else COLUMNS
     widths = WIDTHS + BUSY_WIDTHS if options.busy else WIDTHS
@@ -140,18 +143,32 @@ def measure(name: str, chosen: Any, options: TrainBenchOptions, dtype: torch.dty
 
     tuned = modes.tuned_parameters(model).values()
 
+    graphs = make_graphs(model, optimizer, train_settings(options), tuned)
+
     def step(rows: list[Row]) -> None:
-        apply_step(optimizer, train_step(model, [rows], TrainOptions.clip, tuned=tuned))
+        if graphs:
+            graphs.step([rows])
+        else:
+            apply_step(optimizer, train_step(model, [rows], TrainOptions.clip, tuned=tuned))
 
     steps = random_steps(options, model.prompt_tokens)
-    times = time_each([partial(step, rows) for rows in steps], device)[WARMUP:]
+    works = [partial(step, rows) for rows in steps]
+    first_times = time_each(works, device)[WARMUP:]
+    if device.type == "cuda":
+        # A new shape of rows costs a GPU more: cuDNN plans, and a graph is recorded the second time. So every shape
+        # comes twice before the steps that are timed.
+        time_each(works, device)
+        times = time_each(works, device)[WARMUP:]
+    else:
+        times = first_times
     rates = [count_tokens(rows) / seconds for rows, seconds in zip(steps[WARMUP:], times, strict=True)]
     peak = peak_memory(device)
     with MemoryMeter(device.type, model.config) as meter:
-        step(steps[-1])  # one more step, not timed since the meter is slow, to count FLOPs
+        # one more step, not timed since the meter is slow, to count FLOPs
+        apply_step(optimizer, train_step(model, [steps[-1]], TrainOptions.clip, tuned=tuned))
 
     def rate() -> float:
-        seconds = time_each([partial(step, rows) for rows in steps[WARMUP:]], device)
+        seconds = time_each(works[WARMUP:], device)
         return sum(map(count_tokens, steps[WARMUP:])) / sum(seconds)
 
     busy = compare_busy(rate) if options.busy else {}
@@ -166,6 +183,8 @@ def measure(name: str, chosen: Any, options: TrainBenchOptions, dtype: torch.dty
         "step_ms": median * 1e3,
         "step_ms_min": min(times) * 1e3,
         "step_ms_max": max(times) * 1e3,
+        "first_ms": statistics.median(first_times) * 1e3,  # a step whose shape is new
+        "graphs": "on" if graphs and graphs.graphs else "off",
         "rows_per_second": options.batch / median,
         "tokens_per_second": tokens_per_second,
         "peak_memory_bytes": peak,
@@ -174,6 +193,12 @@ def measure(name: str, chosen: Any, options: TrainBenchOptions, dtype: torch.dty
         "matmul_flops_per_second": matmul_rate,
         "share": flops_per_second / matmul_rate,
     } | busy
+
+
+def train_settings(options: TrainBenchOptions) -> TrainOptions:
+    """The options as those of a training run."""
+    return TrainOptions(batch=options.batch, checkpoint=options.checkpoint, dtype=options.dtype, device=options.device,
+                        graphs=options.graphs)
 
 
 def mode_options(name: str, options: TrainBenchOptions) -> Any:
