@@ -10,7 +10,7 @@ The count is an upper bound, by these rules:
 - The operators of lora_triton.py run, with a counter in the place of Triton's launcher.
 - AdamW's first step, which creates its state, is not counted.
 
-python tests/launches.py prints the counts of all modes, and those of each operation with --operations.
+PYTHONPATH=. python tests/launches.py prints the counts of all modes, and those of each operation with --operations.
 """
 
 import contextlib
@@ -41,9 +41,9 @@ ONE_KERNEL = {
     "_to_copy", "copy_", "clone", "_local_scalar_dense", "fill_", "zero_", "zeros", "ones", "full", "zeros_like",
     "ones_like", "new_zeros", "new_full", "arange", "constant_pad_nd", "scalar_tensor",
     "add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "reciprocal", "exp", "exp_", "expm1",
-    "log", "clamp", "clamp_", "where", "lt", "gt", "eq", "threshold_backward",
-    "sum", "amax", "linalg_vector_norm", "_log_softmax", "_log_softmax_backward_data", "gather", "scatter_",
-    "mm", "bmm", "addmm_", "gelu", "gelu_backward", "native_layer_norm",
+    "log", "abs", "clamp", "clamp_", "where", "lt", "gt", "eq", "ne", "bitwise_not", "masked_fill", "masked_fill_",
+    "threshold_backward", "all", "sum", "amax", "linalg_vector_norm", "_log_softmax", "_log_softmax_backward_data",
+    "gather", "scatter_", "mm", "bmm", "addmm_", "gelu", "gelu_backward", "native_layer_norm",
     "index", "index_put", "index_put_", "index_select", "index_add", "index_add_", "index_copy", "embedding",
 }
 
@@ -80,6 +80,7 @@ KERNELS: dict[str, Callable[..., int]] = {
     "_foreach_norm": lambda tensors, *_: 2 + list_kernels(1, tensors),  # zeros before, and the sum of parts after
     "_foreach_mul_": lambda tensors, *_: list_kernels(1, tensors),
     "_foreach_add_": lambda tensors, *_: list_kernels(1, tensors),
+    "_foreach_sub_": lambda tensors, *_: list_kernels(2, tensors),
     "_foreach_copy_": lambda tensors, *_: list_kernels(2, tensors),
     "_fused_adamw_": lambda parameters, *_: list_kernels(4, parameters),
     "_flash_attention_forward": lambda *_: 1,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minift.device import release_pages, uses_onednn_bf16
-from minift.distributed import is_sharded
+from minift.distributed import is_shard, is_sharded
 from minift.errors import UserError
 from minift.model.cache import KVCache
 from minift.model.packing import Batch, Row, pack
@@ -208,7 +208,9 @@ class GPT(nn.Module):
         # Layers that compute differently in each row. Before every pass, each gets `set_rows(row_ids, positions)` of
         # the tokens in the pass.
         self.per_row_layers: list[Any] = []
-        self.compute_dtype = torch.float32  # of activations, see set_compute_dtype
+        # Of activations, and the linear layers whose parameters are cast to it; see set_compute_dtype.
+        self.compute_dtype = torch.float32
+        self.trained_layers: list[Linear] = []
 
     @property
     def device(self) -> torch.device:
@@ -299,10 +301,10 @@ class GPT(nn.Module):
     def casts(self) -> contextlib.AbstractContextManager[None]:
         """On a GPU, the trained parameters of all linear layers in the compute dtype, made by a few kernels for the
         passes that run while it is entered. With FSDP2 a block's parameters have that dtype already."""
-        if self.device.type == "cpu" or is_sharded(self):
+        parameters = [p for layer in self.trained_layers for p in layer._parameters.values()
+                      if p is not None and p.dtype != self.compute_dtype]
+        if self.device.type == "cpu" or not parameters or is_shard(parameters[0]):
             return contextlib.nullcontext()
-        parameters = [p for layer in self.linear_layers() for p in layer.parameters(recurse=False)]
-        parameters = [p for p in parameters if p.dtype != self.compute_dtype]
         return cast_together(list(dict.fromkeys(parameters)), self.compute_dtype)  # a shared one once
 
     # ---- settings
@@ -311,6 +313,9 @@ class GPT(nn.Module):
         """Compute in `dtype`. Frozen weights are converted now. Tuned weights stay in fp32 and are cast at each use: in
         bf16, the small steps of the optimizer would be rounded away."""
         self.compute_dtype = dtype
+        # kept, as to find them in each step would take the host longer than the casts
+        self.trained_layers = [layer for layer in self.linear_layers()
+                               if any(p.requires_grad for p in layer.parameters(recurse=False))]
         for parameter in self.parameters():
             tuned = parameter.requires_grad
             stored = torch.float32 if tuned else dtype

@@ -24,9 +24,8 @@ def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 def cast_together(parameters: list[Tensor], dtype: torch.dtype) -> Iterator[None]:
     """While entered, every parameter has a copy in `dtype` for `cast`. The parameters must not change meanwhile."""
     copies = [torch.empty_like(parameter, dtype=dtype) for parameter in parameters]
-    if copies:
-        with torch.no_grad():
-            torch._foreach_copy_(copies, parameters)
+    with torch.no_grad():
+        torch._foreach_copy_(copies, parameters)
     for parameter, copy in zip(parameters, copies, strict=True):
         parameter.cast_copy = copy
     try:
