@@ -4,11 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from scripts import json_of, metrics, trained
 
 from minift import modes
 from minift.files import checkpoint, weights
 from minift.run.config import TINY
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 SMALL = ("--val-rows", "48", "--test-rows", "24", "--max-new-tokens", "32")
 
@@ -35,8 +38,8 @@ def test_overfitting_is_seen_stopped_and_undone(tmp_path: Path) -> None:
 def test_a_short_comparison_measures_forgetting(tmp_path: Path) -> None:
     """Every mode beats the base even after a few steps, and the three files say the same."""
     short = tmp_path / "short.txt"
-    short.write_text((TINY / "general.txt").read_text()[:20_000])
-    text = trained("--mode", "all", "--steps", 25, "--general", short, "--out", tmp_path / "all", *SMALL)
+    short.write_text((TINY / "general.txt").read_text()[:6_000])
+    text = trained("--mode", "all", "--steps", 15, "--general", short, "--out", tmp_path / "all", *SMALL)
     results = json_of(tmp_path / "all" / "compare.json")
     assert [result["mode"] for result in results] == list(modes.MODES)
     assert all(result["test_loss"] < result["base_test_loss"] for result in results)

@@ -1,30 +1,32 @@
 """The scripts of the public data sets, on small files of the same form; nothing here needs a network."""
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import scripts
+from scripts import ROOT, Ended
 
 from data import prepare
 from minift.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
 SCRIPTS = ("samsum", "dialogsum", "e2e", "alpaca", "crows_pairs")
-Done = subprocess.CompletedProcess[str]
 
 
-def run(name: str, folder: Path, *arguments: str | Path, **environment: str) -> Done:
-    command = [sys.executable, ROOT / "data" / name / "prepare.py", "--out", folder / "out", *arguments]
-    return subprocess.run(list(map(str, command)), cwd=folder, env=os.environ | environment, timeout=60,
-                          capture_output=True, text=True, encoding="utf-8")
+def run(name: str, folder: Path, *arguments: str | Path, **environment: str) -> Ended:
+    """`python data/NAME/prepare.py --out FOLDER/out ARGUMENTS`, in this process."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / name / "prepare.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    with mock.patch.dict(os.environ, environment), contextlib.chdir(folder):
+        return scripts.run(script.main, "--out", folder / "out", *arguments)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -42,10 +44,10 @@ def write_jsonl(path: Path, items: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
 
-def assert_counts_are_warned_of(done: Done, count: int) -> None:
-    assert done.returncode == 0, done.stderr
-    warnings = done.stderr.splitlines()
-    assert len(warnings) == count and all(" rows, known are " in line for line in warnings), done.stderr
+def assert_counts_are_warned_of(done: Ended, count: int) -> None:
+    assert done.code == 0, done.err
+    warnings = done.err.splitlines()
+    assert len(warnings) == count and all(" rows, known are " in line for line in warnings), done.err
 
 
 CHATS = [
@@ -110,7 +112,7 @@ def test_alpaca_is_cut_by_prompt(tmp_path: Path) -> None:
     assert 220 < len(prompts[0]) < 260 and 15 < len(prompts[1]) < 45 and 15 < len(prompts[2]) < 45
 
     (tmp_path / "fewer.json").write_text(json.dumps(items[100:][::-1]), encoding="utf-8")
-    assert run("alpaca", tmp_path, "--source", tmp_path / "fewer.json").returncode == 0
+    assert run("alpaca", tmp_path, "--source", tmp_path / "fewer.json").code == 0
     for split, before in zip(("train", "val", "test"), prompts, strict=True):
         now = {(row["instruction"], row["input"]) for row in rows(tmp_path / "out" / f"{split}.jsonl")}
         assert now <= before  # a prompt keeps its side
@@ -139,7 +141,7 @@ def test_wrong_file_is_one_line_and_writes_nothing(tmp_path: Path, case: str) ->
     (tmp_path / "train.jsonl").write_text(content, encoding="utf-8")
     for script in ("samsum", "dialogsum"):
         done = run(script, tmp_path, "--source", tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and problem in done.stderr, done.stderr
+        assert done.code == 2 and done.err.count("\n") == 1 and problem in done.err, done.err
     assert not (tmp_path / "out").exists()
 
 
@@ -148,21 +150,22 @@ def test_source_without_the_files(tmp_path: Path, script: str) -> None:
     (tmp_path / "notes.pdf").write_text("x")
     for name, problem in ((".", "holds no file"), ("no", "no such file"), ("notes.pdf", "notes.pdf")):
         done = run(script, tmp_path, "--source", tmp_path / name)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and problem in done.stderr, done.stderr
+        assert done.code == 2 and done.err.count("\n") == 1 and problem in done.err, done.err
 
 
 def test_one_file_is_not_taken_for_all_splits(tmp_path: Path) -> None:
+    """In a process of its own, from another folder."""
     write_jsonl(tmp_path / "train.jsonl", CHATS)
-    done = run("samsum", tmp_path, "--source", tmp_path / "train.jsonl")
-    assert done.returncode == 2 and "is one file, give the folder" in done.stderr
+    done = scripts.process("data/samsum/prepare.py", "--source", "train.jsonl", "--out", "out", cwd=tmp_path)
+    assert done.code == 2 and "is one file, give the folder" in done.err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_a_network_it_says_what_to_fetch_by_hand(tmp_path: Path, script: str) -> None:
     proxy = "http://127.0.0.1:9"  # nothing listens there
     done = run(script, tmp_path, HTTPS_PROXY=proxy, https_proxy=proxy, NO_PROXY="", no_proxy="")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "cannot fetch https://" in done.stderr and "--source" in done.stderr
+    assert done.code == 2 and done.err.count("\n") == 1, done.err
+    assert "cannot fetch https://" in done.err and "--source" in done.err
 
 
 def test_fetched_file_must_be_the_known_one(tmp_path: Path) -> None:

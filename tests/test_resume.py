@@ -123,21 +123,21 @@ def test_a_comparison_is_resumed_as_one(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sigkill_at_any_moment_loses_nothing(common: list[str], tmp_path: Path, mode: str) -> None:
-    """10 moments for each mode: after seeded delays, and before, after or half-way through writes."""
-    first = 10 * list(MODES).index(mode)
-    arguments = [str(tmp_path), str(first), "10", *common, "--mode", mode, "--steps", "7"]
+    """6 moments for each mode: after seeded delays, and before, after or half-way through writes."""
+    first = 6 * list(MODES).index(mode)
+    arguments = [str(tmp_path), str(first), "6", *common, "--mode", mode, "--steps", "7"]
     kill = [sys.executable, str(ROOT / "tests" / "kill_moments.py"), *arguments]
     single = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(kill, text=True, capture_output=True, timeout=300, env=single)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and len(lines) == 11, done.stderr
+    assert done.returncode == 0 and len(lines) == 7, done.stderr
     whole, *survived = lines
     assert whole["code"] == 0
     for moment in survived:
         assert moment["code"] == 0, moment
         assert (moment["hash"], moment["files"]) == (whole["hash"], whole["files"]), moment
     killed = [m for moment in survived for m, code in moment["moments"] if code == -signal.SIGKILL]
-    assert len(killed) >= 8 and any("last" in m for m in killed) and any("delay" in m for m in killed)
+    assert len(killed) >= 5 and any("last" in m for m in killed) and any("delay" in m for m in killed)
 
 
 SLOW_STEP = """
