@@ -24,7 +24,6 @@ import math
 import signal
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -62,8 +61,7 @@ from minift.run.config import Config, TrainOptions
 from minift.run.extend import extend, how_to_extend
 from minift.run.folder import COMPARE, MetricsLog, StopSignals, choose_folder, finished, open_folder
 from minift.training import (
-    MicroBatches,
-    StepResult,
+    PendingSteps,
     apply_step,
     build,
     build_on_meta,
@@ -71,7 +69,6 @@ from minift.training import (
     largest_batch,
     learning_rate,
     make_optimizer,
-    reads_late,
     total_steps,
     train_step,
     untouched_base,
@@ -313,9 +310,7 @@ def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
     replica = replicate(model)
     graphs = make_graphs(model, optimizer, options, tuned.values())  # CUDA graphs of the steps, or None
     view = TrainingView(task.display, config, folder, steps, progress)
-    # steps that have begun and are not in `progress` yet: a GPU works on one while the loss of the one before is read
-    unread: deque[tuple[MicroBatches, float, StepResult]] = deque()
-    most_unread = 1 if reads_late(model.device) else 0
+    pending = PendingSteps(model.device)
     stop = 0
     model.train()
     with StopSignals() as signals, MetricsLog(folder, progress.step) as log, view:
@@ -326,9 +321,8 @@ def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
         for micro_batches in iterate_steps(rows["train"], options, progress.step):
             if progress.step >= steps or progress.early_stopped:
                 break
-            if not unread:
-                clock = time.perf_counter()
-            begun = progress.step + len(unread)  # the steps before this one
+            pending.start_clock()
+            begun = progress.step + len(pending)  # the steps before this one
             lr = learning_rate(begun, steps, options)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -338,20 +332,17 @@ def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
             else:
                 result = train_step(model, micro_batches, options.clip, replica, tuned.values())
                 apply_step(optimizer, result)
-            unread.append((micro_batches, lr, result))
+            pending.add(micro_batches, lr, result)
 
             validates = (begun + 1) % eval_every == 0 or begun + 1 == steps
-            while len(unread) > (0 if validates or stop else most_unread):
-                micro_batches, lr, result = unread.popleft()
-                loss, grad_norm = result.read()
-                loss, stop = all_sum(loss, signals.received)
-                if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                    raise bad_step(model, loss, micro_batches, progress.step + 1, folder, options.seed, replica)
-                tokens = sum(len(row.ids) for batch in micro_batches for row in batch)
-                seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                progress.add_step(loss, tokens, seconds)
-                log.write(step=progress.step, loss=loss, lr=lr, grad_norm=grad_norm, tokens=tokens, seconds=seconds)
-                view.step(progress, loss, lr)
+            while step := pending.read(wait=validates or stop > 0):
+                loss, stop = all_sum(step.loss, signals.received)
+                if not math.isfinite(loss) or not math.isfinite(step.grad_norm):
+                    raise bad_step(model, loss, step.micro_batches, progress.step + 1, folder, options.seed, replica)
+                progress.add_step(loss, step.tokens, step.seconds)
+                log.write(step=progress.step, loss=loss, lr=step.lr, grad_norm=step.grad_norm, tokens=step.tokens,
+                          seconds=step.seconds)
+                view.step(progress, loss, step.lr)
 
             if validates:
                 val_loss = validate(model, rows["val"], options, folder, metadata, progress)

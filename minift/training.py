@@ -5,7 +5,10 @@ rows, and one optimizer step. The plan and the benchmarks use some of them.
 import contextlib
 import itertools
 import math
+import time
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -189,6 +192,50 @@ def reads_late(device: torch.device) -> bool:
     """Whether the loss of a step is read only after the next step was begun. So a GPU always has work; on a CPU there
     is no wait to save."""
     return device.type == "cuda"
+
+
+class FinishedStep(NamedTuple):
+    """A step and its numbers."""
+
+    micro_batches: MicroBatches
+    lr: float
+    loss: float  # this rank's part, in nats per target
+    grad_norm: float
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.ids) for batch in self.micro_batches for row in batch)
+
+
+class PendingSteps:
+    """Steps that have begun and whose numbers are not read yet. A GPU computes one of them while the numbers of the one
+    before are read; on a CPU each is read at once."""
+
+    def __init__(self, device: torch.device):
+        self.steps: deque[tuple[MicroBatches, float, StepResult]] = deque()
+        self.most = 1 if reads_late(device) else 0
+        self.clock = 0.0
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def start_clock(self) -> None:
+        """Before each step. With other steps pending, the clock runs since the last one was read."""
+        if not self.steps:
+            self.clock = time.perf_counter()
+
+    def add(self, micro_batches: MicroBatches, lr: float, result: StepResult) -> None:
+        self.steps.append((micro_batches, lr, result))
+
+    def read(self, wait: bool) -> FinishedStep | None:
+        """The oldest step; None if no other step may be pending, or with `wait` if there is none."""
+        if len(self.steps) <= (0 if wait else self.most):
+            return None
+        micro_batches, lr, result = self.steps.popleft()
+        loss, grad_norm = result.read()
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        return FinishedStep(micro_batches, lr, loss, grad_norm, seconds)
 
 
 def train_step(model: GPT, micro_batches: MicroBatches, clip: float, replica: nn.Module | None = None,

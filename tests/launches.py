@@ -26,13 +26,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minift import modes
+from minift import modes, training
 from minift.files.hub import PRESETS
 from minift.model import gpt
 from minift.model.gpt import GPT, GPTConfig
 from minift.model.packing import Row
 from minift.ops.attention import PackedRows
-from minift.training import make_optimizer, train_step
+from minift.training import apply_step, make_optimizer, train_step
 
 aten = torch.ops.aten
 NO_KERNEL = {"detach", "alias", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh",
@@ -140,7 +140,7 @@ class LaunchCounter(TorchDispatchMode):
 def flash_attention(qkv: Tensor, rows: PackedRows, n_head: int, scale: float, dropout: float) -> Tensor:
     """In the place of attention: torch's flash attention on packed rows, (N, 3C) -> (N, C)."""
     q, k, v = qkv.unflatten(1, (3, n_head, -1)).unbind(1)  # each (N, nh, hs)
-    longest = rows.max_seqlen
+    longest = rows.max_cu_seqlen
     y, *_ = aten._flash_attention_forward(q, k, v, rows.cu_seqlens, rows.cu_seqlens, longest, longest, dropout, True,
                                           False, scale=scale)
     return y.flatten(1)
@@ -174,6 +174,7 @@ def count_launches(mode: str, n_layer: int = 12, kernel: str = "torch", rows: in
     with contextlib.ExitStack() as stack:
         stack.enter_context(like_a_gpu())
         stack.enter_context(mock.patch.object(gpt, "attention", flash_attention))
+        stack.enter_context(mock.patch.object(training, "reads_late", lambda device: True))
         optimizer = make_optimizer(model, 1e-3, 0.01)
         for parameter in modes.tuned_parameters(model).values():
             parameter.grad = torch.zeros_like(parameter)
@@ -181,9 +182,7 @@ def count_launches(mode: str, n_layer: int = 12, kernel: str = "torch", rows: in
             optimizer.step()  # creates its state
             optimizer.zero_grad(set_to_none=True)
             counter.kernels.clear()
-            train_step(model, [batch], 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            apply_step(optimizer, train_step(model, [batch], 1.0))
     return counter.kernels
 
 

@@ -104,8 +104,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], number: i
 
 def read_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a CPU read the loss of a step after the next one has begun, as for a GPU."""
-    for module in (training, train_script):
-        monkeypatch.setattr(module, "reads_late", lambda device: True)
+    monkeypatch.setattr(training, "reads_late", lambda device: True)
 
 
 def evaluate(*arguments: Any) -> Ended:

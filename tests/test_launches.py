@@ -14,7 +14,7 @@ from minift.ops.cast import cast, cast_together
 from minift.ops.lora import LoRAFunction, Update
 
 # the kernels of GPT-2 124M at 8 x 170 tokens
-MOST = {"LoRA, Function": 715, "LoRA, Triton": 570, "full": 635, "selective": 255, "prompt": 350, "adapter": 630}
+MOST = {"LoRA, Function": 710, "LoRA, Triton": 555, "full": 630, "selective": 250, "prompt": 345, "adapter": 625}
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -34,7 +34,7 @@ def test_kernels_of_a_layer(dropout: float, kernels: int) -> None:
     dy = torch.empty(64, 48, dtype=torch.bfloat16, device="meta")
     with LaunchCounter() as counter, cast_together([A, B], torch.bfloat16):
         counter.kernels.clear()
-        LoRAFunction.apply(x, weight, bias, A, B, update, False).backward(dy)
+        LoRAFunction.apply(x, weight, bias, A, B, update, "torch").backward(dy)
     assert counter.kernels.total() == kernels
     for matrix in (A, B):
         assert matrix.grad.dtype == torch.float32 and matrix.grad.is_contiguous()
