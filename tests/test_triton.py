@@ -137,6 +137,14 @@ def test_masks_are_the_same_bits(rows: int, columns: int) -> None:
         assert torch.equal(ours.cpu(), keep_mask(x, rate, seed))
 
 
+def test_two_sums_of_many_parts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(size, generator=generator).to(DEVICE) for size in ((37, 5, 3), (2, 300), (1, 1))]
+    for pair in (parts[:2], parts[1:]):
+        for total, summands in zip(lora_triton.add_two(*pair), pair, strict=True):
+            torch.testing.assert_close(total, summands.sum(0))
+
+
 def test_only_what_is_needed_is_made_and_kept() -> None:
     shape = SHAPES["q and v"]
     given, saved = operands(shape, torch.float32, 0), []

@@ -48,7 +48,7 @@ def shrink(x: Tensor, A: Tensor, c: float, dropout: float, seed: Tensor | None, 
     M, K = x.shape
     J = len(A)
     A = A.to(x.dtype)  # once, and not for each tile
-    BM = 64
+    BM = 32 if x.dtype == torch.float32 else 64
     BJ = rank_tile(J, x.dtype)
     if x.dtype == torch.float32:
         tiles = dict(BM=BM, BK=32, BJ=BJ, num_warps=8, num_stages=2)

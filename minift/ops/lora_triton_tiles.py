@@ -56,7 +56,7 @@ def persistent_tiles(gpu: Gpu, M: int, N: int, rank: int) -> dict[str, int]:
     """The same for persistent_kernel. The limit is the shared memory, which also holds a tile of y, h and B."""
     wide = dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3)
     narrow = wide | dict(BN=128)
-    if rank > 32:
+    if rank > 16:
         return narrow
     return min(wide, narrow, key=lambda tiles: gemm_time(gpu, M, N, tiles))
 
