@@ -1,4 +1,5 @@
-"""A newcomer's modes: (IA)^3 from the README, DoRA and prefix tuning from tests/new_modes, each one file and one line.
+"""A newcomer's modes: (IA)^3 from minift/modes/README.md, DoRA and prefix tuning from tests/new_modes, each one file
+and one line.
 
 They are put into a copy of the project. There the checks of tests/new_modes/in_a_copy.py run, and all tests of
 test_modes.py that hold for every mode.
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from scripts import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "minift" / "modes" / "README.md").read_text(encoding="utf-8")
 IA3 = re.search(r'```python\n("""\(IA\)\^3.*?)```', README, re.S)[1]  # the example as readers find it
 SMALL = {  # each one's line in the list of modes that the tests use
     "ia3": "SmallMode({}, 3e-2)",
