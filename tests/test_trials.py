@@ -29,7 +29,7 @@ from scripts import (
     write_pairs,
 )
 
-from minift import plan, trials
+from minift import modes, plan, trials
 from minift.errors import TrainingFailed
 from minift.files.checkpoint import Progress
 from minift.report import metrics as report_metrics
@@ -112,6 +112,11 @@ def test_lists_are_tried_in_every_combination_by_the_modes_that_have_them(common
 
 # ---- --lr auto
 
+@pytest.fixture
+def default_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(modes.MODES, "lora", replace(modes.MODES["lora"], lr=1e-3))
+
+
 def auto(tmp_path: Path, *more: str) -> Config:
     [config] = configuration.parse(["--model", "m", "--data", "d", "--mode", "lora", "--lr", "auto", *more], "")
     return replace(config, root=tmp_path)
@@ -130,6 +135,7 @@ def run_search(config: Config, folder: Path, loss: Callable[..., float | None]) 
     return tried
 
 
+@pytest.mark.usefixtures("default_rate")
 @pytest.mark.parametrize("optimum, expected", [
     (1e-3, [1e-3, 3e-4, 3e-3]),
     (1e-2, [1e-3, 3e-4, 3e-3, 1e-2, 3e-2]),
@@ -149,6 +155,7 @@ def test_auto_continues_to_the_better_side_until_the_best_is_inside(
     assert Trials(auto(tmp_path), tmp_path).next() is None
 
 
+@pytest.mark.usefixtures("default_rate")
 def test_auto_goes_to_lower_rates_where_high_ones_fail(tmp_path: Path) -> None:
     tried = run_search(auto(tmp_path), tmp_path, lambda options: None if options["lr"] > 2e-4 else options["lr"])
     assert [options["lr"] for options in tried] == [1e-3, 3e-4, 3e-3, 1e-4, 3e-5, 1e-5, 3e-6]
@@ -156,11 +163,13 @@ def test_auto_goes_to_lower_rates_where_high_ones_fail(tmp_path: Path) -> None:
     assert [line["val_loss"] for line in lines[:3]] == [None] * 3 and "the loss is nan" in lines[0]["failure"]
 
 
+@pytest.mark.usefixtures("default_rate")
 def test_auto_stops_where_no_rate_is_better(tmp_path: Path) -> None:
     assert len(run_search(auto(tmp_path), tmp_path, lambda options: 1.0)) == 3
     assert Trials(auto(tmp_path), tmp_path).keep_best().train.lr == 1e-3  # the default
 
 
+@pytest.mark.usefixtures("default_rate")
 def test_auto_has_rates_of_its_own_for_each_other_value(tmp_path: Path) -> None:
     best = {2: 1e-3, 4: 1e-2}
     loss = lambda options: math.log(options["lr"] / best[options["rank"]]) ** 2  # noqa: E731

@@ -53,5 +53,5 @@ def apply(model: GPT, options: Options) -> None:
                 module.requires_grad_(True)
 
 
-MODE = Mode("adapter", Options, apply, lr=1e-3, embedded_lr=1e-2,
+MODE = Mode("adapter", Options, apply, lr=3e-3, embedded_lr=1e-2,
             why_no_merge="adapters cannot be merged: their GELU is not linear, and GPT-2 has no such layer")

@@ -16,4 +16,4 @@ def apply(model: GPT, options: Options) -> None:
     model.requires_grad_(True)
 
 
-MODE = Mode("full", Options, apply, lr=1e-4, embedded_lr=1e-3, weight_decay=0.01)
+MODE = Mode("full", Options, apply, lr=1e-3, embedded_lr=1e-3, weight_decay=0.01)

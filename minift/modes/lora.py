@@ -202,4 +202,4 @@ def unmerge(model: GPT) -> None:
             layer.weight.data, layer.unmerged_weight = layer.unmerged_weight, None
 
 
-MODE = Mode("lora", Options, apply, lr=1e-3, embedded_lr=7e-3, merge=merge, peft_type="LORA", uses_kernel=True)
+MODE = Mode("lora", Options, apply, lr=3e-3, embedded_lr=7e-3, merge=merge, peft_type="LORA", uses_kernel=True)

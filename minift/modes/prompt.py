@@ -90,7 +90,7 @@ def describe(model: GPT, tokenizer: Tokenizer) -> list[str]:
     return lines
 
 
-MODE = Mode("prompt", Options, apply, lr=3e-2, embedded_lr=1e-1, start=start_from_text, describe=describe,
+MODE = Mode("prompt", Options, apply, lr=1e-1, embedded_lr=1e-1, start=start_from_text, describe=describe,
             peft_type="PROMPT_TUNING",
             why_no_merge="a soft prompt cannot be merged: it is extra input, and GPT-2's own weights have no "
                          "place for it")

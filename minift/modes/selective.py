@@ -79,4 +79,4 @@ def block_range(kind: str, argument: str, n_layer: int) -> slice:
     return slice(begin, end)
 
 
-MODE = Mode("selective", Options, apply, lr=3e-4, embedded_lr=3e-3, weight_decay=0.01)
+MODE = Mode("selective", Options, apply, lr=3e-3, embedded_lr=3e-3, weight_decay=0.01)
