@@ -3,8 +3,8 @@
 A small step waits for the host, which needs some microseconds for each of its many kernels. A CUDA graph records the
 kernels of a step once and launches them all together. It computes with fixed shapes and fixed memory, so a step is
 rounded up to a bucket (`Bucket`) by filler tokens and by targets that do not count, and its rows are copied into the
-bucket's input. Without dropout the losses are those of a step without a graph. With dropout the masks differ, as N does;
-they follow from the step's seed all the same.
+bucket's input. Without dropout the losses are those of a step without a graph. With dropout the masks differ, as N
+does; they follow from the step's seed all the same.
 
 Not run on a GPU yet; the tests replay a stand-in on a CPU.
 """

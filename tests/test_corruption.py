@@ -28,6 +28,7 @@ from scripts import (
 )
 
 import train as script
+from minift import modes
 from minift.errors import UserError
 from minift.files import checkpoint, safetensors
 
@@ -166,7 +167,7 @@ def edit(folder: Path, section: str, **changes: Any) -> None:
     [
         ("mode_options", {"alpha": 8.0}, "alpha 16.0 and not 8.0"),
         ("mode_options", {"rank": 2}, "rank 1 and not 2"),
-        ("train", {"lr": 0.5}, "lr 0.001 and not 0.5"),
+        ("train", {"lr": 0.5}, f"lr {modes.MODES['lora'].lr} and not 0.5"),
         ("train", {"batch": 3, "seed": 4}, "batch 4 and not 3, seed 0 and not 4"),
         ("train", {"steps": 60}, "steps 6 and not 60"),
         ("data", {"rows": 7}, "other training or validation rows"),

@@ -324,7 +324,7 @@ def test_help_loads_neither_model_nor_data(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_configuration_is_printed_with_its_origins(common: list[str], tmp_path: Path) -> None:
     arguments = ["--mode", "lora", "--steps", 2, "--rank", 3, "--out", tmp_path / "x"]
     out = trained(*common, *arguments)
-    assert "  rank = 3  (command line)\n" in out and "  lr = 0.001  (lora's default)\n" in out
+    assert "  rank = 3  (command line)\n" in out and f"  lr = {modes.MODES['lora'].lr}  (lora's default)\n" in out
     by_default = next(line for line in out.splitlines() if line.startswith("  by default: "))
     assert "alpha 16.0" in by_default and "seed 0" in by_default and "rank" not in by_default
     origins = json_of(tmp_path / "x" / "config.json")["origins"]
