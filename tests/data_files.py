@@ -12,6 +12,7 @@ from minift.data.pair_file import NewPairFile, StoredPairs
 from minift.data.readers import FileFormat
 from minift.data.row_store import Examples
 from minift.data.tokens import Counts, Encoder, Example
+from minift.data.words import TextTokenizer
 
 EOS = 256
 
@@ -51,7 +52,10 @@ def read_file(path: Path, prompt_field: str | None = None, completion_field: str
 def encode(pairs: list[Pair], tokenizer: tokenizers.Tokenizer, eos_id: int, max_length: int,
            *options: str, **more: str) -> tuple[list[Example], Counts]:
     encoder, counts, rows = Encoder(tokenizer, eos_id, max_length, *options, **more), Counts(), []
-    for pair, tokens in zip(pairs, encoder.tokenize(pairs), strict=True):
+    text_tokenizer = TextTokenizer(tokenizer, encoder.control_tokens)
+    tokenized = text_tokenizer.tokenize_rows(list(map(encoder.pieces, pairs)))
+    encoder.count_names(tokenized, counts)
+    for pair, tokens in zip(pairs, tokenized, strict=True):
         rows += encoder.rows(pair, tokens, counts)
     return rows, counts
 

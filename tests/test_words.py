@@ -4,6 +4,7 @@ import copy
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_files import byte_tokenizer
 from tokenizers import Tokenizer, normalizers
@@ -15,7 +16,8 @@ from minift.run.config import TINY
 PIECES = (*"aZ09 '\t\n\r\x0b\x0c\x1c\x1f\x00\x7f.,!?_-\"\\",
           "  ", "\r\n", "'s", "'re", "'LL", "ab", "don't", "\n\n ", "2nd",
           "<|endoftext|>", "<|endoftext", "the ", " Anna")
-RARE = ("\u00e9", "\u00a0", "\u2028", "\u00b2", "\U0001f600", "\u4e2d")
+RARE = ("\u00e9", "\u00a0", "\u2028", "\u00b2", "\U0001f600", "\u4e2d", "\u0301", "\u200b", "\u0660", "\u2019s",
+        "\u017f")
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +25,8 @@ def tiny() -> Tokenizer:
     return Tokenizer.from_file(str(TINY / "tokenizer.json"))
 
 
-def expected(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+def expected(tokenizer: Tokenizer, texts: list[str]) -> list[bytes]:
+    return [np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32).tobytes() for text in texts]
 
 
 @pytest.mark.parametrize("special_is_text", [False, True])
@@ -48,6 +50,15 @@ def test_every_two_characters_of_ascii(tiny):
     ascii = [chr(number) for number in range(128)]
     texts = [f"a{a}{b}1" for a in ascii for b in ascii] + [f" {a} {a}'{a}" for a in ascii]
     assert WordTokenizer(tiny).tokenize(texts) == expected(tiny, texts)
+
+
+def test_characters_outside_ascii(tiny):
+    others = [chr(number) for number in range(128, 0x3100) if number % 8 == 0 or chr(number).isspace()]
+    texts = [f"a{other}  b1 {other}'s\n{other} {other}{other}2" for other in others]
+    by_words = WordTokenizer(tiny)
+    assert by_words.tokenize(texts) == expected(tiny, texts)
+    by_package = [text for text in texts if by_words._by_words(text) is None]
+    assert len(by_package) < 30  # those with white space
 
 
 def test_real_texts(tiny):

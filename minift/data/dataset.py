@@ -1,13 +1,12 @@
 """The data of a run: its options, the rows of its three splits, the report on them, and batches."""
 
+import contextlib
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -24,6 +23,7 @@ from minift.data.row_cache import Loaded
 from minift.data.row_store import Examples, RowWriter
 from minift.data.splits import cut_out, find_split_files, overlap_notes, parse_split
 from minift.data.templates import parse_template, used_fields
+from minift.data.token_process import AnyTokenizer, OtherProcess, SameProcess
 from minift.data.tokens import Counts, Encoder
 from minift.errors import UserError
 from minift.model.packing import Row
@@ -33,6 +33,7 @@ from minift.options import option
 # would add 3 % of tokens with pools of 20 batches (10: 6 %, 50: 1 %, without pools: 36 %).
 POOL_BATCHES = 20
 CHUNK = 2000  # pairs that are in memory at a time while they are tokenized
+MANY_PAIRS = 10_000  # are tokenized in another process, which takes a moment to start
 
 
 @dataclass(frozen=True)
@@ -213,13 +214,16 @@ def make_rows(options: DataOptions, seed: int, encoder: Encoder, limits: dict[st
               folder: Path | None) -> Loaded:
     """The rows of the splits, from the files. Raises UserError."""
     pairs = read_pairs(options, seed, folder)
+    chosen = {name: getattr(pairs, name)[:limit] for name, limit in limits.items()}
     writer = RowWriter(folder)
     counts, splits, seen = {}, {}, Quality()
-    for name, limit in limits.items():
-        first = len(writer)
-        check = seen if name == "train" else None
-        counts[name] = encode_split(name, getattr(pairs, name)[:limit], encoder, writer, limit, check)
-        splits[name] = range(first, len(writer))
+    kind = OtherProcess if sum(map(len, chosen.values())) >= MANY_PAIRS else SameProcess
+    with contextlib.closing(kind(encoder.tokenizer, encoder.control_tokens)) as tokenizer:
+        for name, split in chosen.items():
+            first = len(writer)
+            check = seen if name == "train" else None
+            counts[name] = encode_split(name, split, encoder, tokenizer, writer, limits[name], check)
+            splits[name] = range(first, len(writer))
     store = writer.finish(pairs.train.file)
     lines = list(pairs.notes)
     for name, numbers in splits.items():
@@ -235,15 +239,14 @@ def check_quality(pairs: Pairs, seen: Quality) -> list[Finding]:
     return seen.findings() + [finding for finding in overlaps if finding is not None]
 
 
-def encode_split(name: str, pairs: StoredPairs, encoder: Encoder, writer: RowWriter, limit: int | None,
-                 check: Quality | None) -> Counts:
+def encode_split(name: str, pairs: StoredPairs, encoder: Encoder, tokenizer: AnyTokenizer, writer: RowWriter,
+                 limit: int | None, check: Quality | None) -> Counts:
     """The pairs of a split as rows in `writer`, at most `limit` of them, and in `check`. Raises UserError if no pair
     fits."""
     counts = Counts()
     first = len(writer)
-    chunks = [pairs[begin : begin + CHUNK] for begin in range(0, len(pairs), CHUNK)]
-    chunks = progress(chunks, f"tokenizing {name}", CHUNK)
-    for numbers, texts, tokens in one_ahead(encoder, chunks):
+    for numbers, texts, tokens in one_ahead(pairs, encoder, tokenizer, f"tokenizing {name}"):
+        encoder.count_names(tokens, counts)
         for number, pair, pieces in zip(numbers, texts, tokens, strict=True):
             if check is not None:
                 check.add(pair)
@@ -258,19 +261,21 @@ def encode_split(name: str, pairs: StoredPairs, encoder: Encoder, writer: RowWri
     return counts
 
 
-def one_ahead(encoder: Encoder, chunks: Iterable[StoredPairs]) -> Iterator[tuple[np.ndarray, list[Pair], Any]]:
-    """The numbers, the texts and the tokens of chunks of pairs. While the caller makes rows of a chunk, a thread
-    tokenizes the next one."""
-    waiting = None
-    with ThreadPoolExecutor(1) as pool:
-        for chunk in chunks:
-            texts = list(chunk)
-            ahead = (chunk.numbers, texts, pool.submit(encoder.tokenize, texts))
-            if waiting:
-                yield *waiting[:2], waiting[2].result()
-            waiting = ahead
-        if waiting:
-            yield *waiting[:2], waiting[2].result()
+def one_ahead(pairs: StoredPairs, encoder: Encoder, tokenizer: AnyTokenizer,
+              title: str) -> Iterator[tuple[np.ndarray, list[Pair], list[list[bytes]]]]:
+    """The numbers, the texts and the tokens of chunks of pairs. While the caller makes rows of a chunk, the tokenizer
+    has the next one."""
+    sent = None
+    for begin in progress(range(0, len(pairs), CHUNK), title, CHUNK):
+        chunk = pairs[begin : begin + CHUNK]
+        texts = list(chunk)
+        tokens = tokenizer.receive() if sent else None
+        tokenizer.send(list(map(encoder.pieces, texts)))
+        if sent:
+            yield *sent, tokens
+        sent = chunk.numbers, texts
+    if sent:
+        yield *sent, tokenizer.receive()
 
 
 def read_text(path: str | Path) -> str:

@@ -1,15 +1,16 @@
 """Pairs -> rows of token ids, with the spans of them that are learned."""
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from minift.data.chats import between
 from minift.data.layouts import Pair, Ranges
-from minift.data.words import WordTokenizer
+from minift.data.words import TextTokenizer, to_ids, without_limits
 from minift.errors import UserError, tokenizer_faults
 from minift.model.packing import Row
 
@@ -38,56 +39,15 @@ class Counts:
     control_tokens: Counter[str] = field(default_factory=Counter)  # in the texts, by name
 
 
-class TextTokenizer:
-    """A tokenizer without its settings: nothing is added, cut or padded. It is a copy, made once for many texts.
-
-    The name of a control token in a text (`<|endoftext|>`) is read as that token, as in transformers; with
-    `control_tokens` "text" it is text like any other.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, control_tokens: str = "tokens"):
-        plain = _without_limits(tokenizer)
-        plain.encode_special_tokens = control_tokens == "text"
-        self.first = self.continued = WordTokenizer(plain)
-        # texts that follow others in their rows: a tokenizer that puts a space before every text must put none here
-        if getattr(plain.pre_tokenizer, "add_prefix_space", False):
-            continued = copy.deepcopy(plain)
-            continued.pre_tokenizer.add_prefix_space = False
-            self.continued = WordTokenizer(continued)
-
-    def tokenize(self, texts: list[str], continued: bool = False) -> list[list[int]]:
-        """The token ids of texts. `continued`: the texts follow others in their rows. Raises UserError."""
-        tokenizer = self.continued if continued else self.first
-        with tokenizer_faults("the tokenizer fails on one of the texts"):
-            return tokenizer.tokenize(texts)
-
-    def tokenize_rows(self, rows: list[list[str]]) -> list[list[list[int]]]:
-        """Rows of texts -> the token ids of each text of each row. Raises UserError."""
-        firsts = self.tokenize([row[0] for row in rows])
-        others = iter(self.tokenize([text for row in rows for text in row[1:]], continued=True))
-        tokens = []
-        for row, first in zip(rows, firsts, strict=True):
-            tokens.append([first, *(next(others) for _ in row[1:])])
-        return tokens
-
-
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], control_tokens: str = "tokens") -> list[list[int]]:
     """The token ids of a few texts, see TextTokenizer. Raises UserError."""
-    return TextTokenizer(tokenizer, control_tokens).tokenize(texts)
-
-
-def _without_limits(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that neither cuts nor pads; the tokenizer itself is not changed."""
-    plain = copy.deepcopy(tokenizer)
-    plain.no_truncation()
-    plain.no_padding()
-    return plain
+    return list(map(to_ids, TextTokenizer(tokenizer, control_tokens).tokenize(texts)))
 
 
 def start_tokens(tokenizer: Tokenizer) -> list[int]:
     """The tokens that the tokenizer puts before every text, such as BERT's [CLS]; GPT-2's puts none."""
     with tokenizer_faults("the tokenizer fails on a text"):
-        encoding = _without_limits(tokenizer).encode("a")
+        encoding = without_limits(tokenizer).encode("a")
     added = encoding.special_tokens_mask  # 0: a token of the text
     return encoding.ids[: added.index(0)] if 0 in added else []
 
@@ -135,23 +95,27 @@ class Encoder:
         if max_length < 3:
             raise UserError(f"--max-length {max_length}: must be 3 or more: prompt, completion and end-of-text")
         self.tokenizer, self.eos_id, self.max_length, self.join = tokenizer, eos_id, max_length, join
-        self.text_tokenizer = TextTokenizer(tokenizer, control_tokens)
+        self.control_tokens = control_tokens
         self.start, self.names = start_tokens(tokenizer), control_names(tokenizer)
 
-    def tokenize(self, pairs: list[Pair]) -> list[list[list[int]]]:
-        """The token ids of the pieces of each pair. Raises UserError."""
-        return self.text_tokenizer.tokenize_rows([[text for text, _ in _pieces(pair, self.join)] for pair in pairs])
+    def pieces(self, pair: Pair) -> list[str]:
+        """The texts of a pair that are tokenized separately."""
+        return [text for text, _ in _pieces(pair, self.join)]
 
-    def rows(self, pair: Pair, tokens: list[list[int]], counts: Counts) -> list[Example]:
+    def count_names(self, tokens: list[list[bytes]], counts: Counts) -> None:
+        """Add the control tokens in the pieces of pairs to `counts`."""
+        ids = np.frombuffer(b"".join(chain.from_iterable(tokens)), np.int32)
+        found = ids[np.isin(ids, list(self.names))]
+        counts.control_tokens.update(self.names[i] for i in found.tolist())
+
+    def rows(self, pair: Pair, tokens: list[bytes], counts: Counts) -> list[Example]:
         """The rows of a pair with the tokens of its pieces: one, several windows of a text alone, or none. Adds to
         `counts`."""
-        for ids in tokens:
-            if not self.names.keys().isdisjoint(ids):  # most texts have no control tokens
-                counts.control_tokens.update(self.names[i] for i in ids if i in self.names)
+        pieces = list(map(to_ids, tokens))
         if pair.prompt:
-            rows = self._prompted_row(pair, tokens, counts)
+            rows = self._prompted_row(pair, pieces, counts)
         else:
-            rows = _windows(pair, tokens[0], self.start or [self.eos_id], self.eos_id, self.max_length, self.tokenizer)
+            rows = _windows(pair, pieces[0], self.start or [self.eos_id], self.eos_id, self.max_length, self.tokenizer)
         counts.texts += not pair.prompt
         counts.dropped += not rows
         if not rows:
@@ -178,7 +142,7 @@ def _make_row(pair: Pair, tokens: list[list[int]], learned: list[bool], start: l
     """
     *before, completion = tokens
     end = [] if completion[-1:] == [eos_id] else [eos_id]
-    prompt = [i for ids in before for i in ids]
+    prompt = list(chain.from_iterable(before))
     most = max_length - len(start) - len(completion) - len(end)  # tokens of the prompt
     if most < 1 or not prompt or not completion:
         return None

@@ -17,7 +17,8 @@ from minift.data.chats import between
 from minift.data.dataset import DataOptions
 from minift.data.layouts import AnyLayout, Layout
 from minift.data.pairs import Prompt
-from minift.data.tokens import TextTokenizer, prompt_pieces, start_tokens
+from minift.data.tokens import prompt_pieces, start_tokens
+from minift.data.words import TextTokenizer, to_ids
 from minift.errors import UserError
 from minift.files.weights import Base
 from minift.model.generate import generate
@@ -81,7 +82,7 @@ class Predictor:
         encoded = []
         rows = TextTokenizer(tokenizer, self.data.control_tokens).tokenize_rows(pieces)
         for prompt, row in zip(prompts, rows, strict=True):
-            ids = [i for piece in row for i in piece]
+            ids = to_ids(b"".join(row))
             if not ids:
                 raise UserError(f"{source.with_name(prompt.where)}: the prompt has no tokens: mend or remove the row")
             dropped = max(0, len(start) + len(ids) - room)
