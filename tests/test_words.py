@@ -59,6 +59,8 @@ def test_characters_outside_ascii(tiny):
     assert by_words.tokenize(texts) == expected(tiny, texts)
     by_package = [text for text in texts if by_words._by_words(text) is None]
     assert len(by_package) < 30  # those with white space
+    without_spaces = ["\u4e2d" * 40, "a " + "\u0e01" * 20]
+    assert list(map(by_words._by_words, without_spaces)) == [None, None]
 
 
 def test_real_texts(tiny):

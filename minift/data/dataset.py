@@ -269,10 +269,10 @@ def one_ahead(pairs: StoredPairs, encoder: Encoder, tokenizer: AnyTokenizer,
     for begin in progress(range(0, len(pairs), CHUNK), title, CHUNK):
         chunk = pairs[begin : begin + CHUNK]
         texts = list(chunk)
-        tokens = tokenizer.receive() if sent else None
+        before = (*sent, tokenizer.receive()) if sent else None
         tokenizer.send(list(map(encoder.pieces, texts)))
-        if sent:
-            yield *sent, tokens
+        if before:
+            yield before
         sent = chunk.numbers, texts
     if sent:
         yield *sent, tokenizer.receive()

@@ -14,11 +14,14 @@ from minift.errors import tokenizer_faults
 
 # GPT-2's pattern (Radford et al. 2019, encoder.py), as it reads texts of ASCII alone
 WORD = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-# For other texts: what is between white space and has a character outside ASCII counts as one word
+# For other texts: what is between white space and has a character outside ASCII counts as one word, with the space
+# before it. GPT-2's pattern cuts there too, as white space is at most the first character of its words.
 OTHER = r"(?:(?<!\S)| )[^\s\x80-\U0010ffff]*[\x80-\U0010ffff]\S*"
 WORD_OR_OTHER = re.compile(f"{OTHER}|{WORD.pattern}", re.ASCII)
 # White space outside ASCII: the property White_Space in Unicode's PropList.txt, and one character that once had it
-OTHER_SPACE = re.compile("[\x85\xa0\u1680\u180e\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
+OTHER_SPACE = "[\x85\xa0\u1680\u180e\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+# With 20 characters outside ASCII in a row, a text is probably in a script without spaces: its "words" never return
+NO_WORDS = re.compile(OTHER_SPACE + r"|[\x80-\U0010ffff]{20}")
 MOST_CHARACTERS = 2_000_000  # of the words in the table, before it is emptied; they take some 50 MB
 
 
@@ -51,8 +54,8 @@ class WordTokens(dict[str, bytes]):
 
 
 class WordTokenizer:
-    """Tokenizes by a table of words where the tokenizer `has_words`. Texts that name a control token, or have white
-    space outside ASCII, go to the package as they are, as do all texts of another tokenizer."""
+    """Tokenizes by a table of words where the tokenizer `has_words`. Texts that name a control token, or have NO_WORDS,
+    go to the package as they are, as do all texts of another tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.has_words = tokenizer, has_words(tokenizer)
@@ -71,7 +74,7 @@ class WordTokenizer:
     def _by_words(self, text: str) -> bytes | None:
         """The tokens of a text, or None if the table cannot be used for it."""
         is_ascii = text.isascii()
-        if not self.has_words or self.control_token.search(text) or not is_ascii and OTHER_SPACE.search(text):
+        if not self.has_words or self.control_token.search(text) or not is_ascii and NO_WORDS.search(text):
             return None
         if self.known.characters > MOST_CHARACTERS:
             self.known = WordTokens(self.tokenizer)
