@@ -61,6 +61,7 @@ def test_the_rows_are_those_of_one_process(tmp_path, started, monkeypatch, name)
 
 def kill(process: OtherProcess) -> None:
     os.kill(process.process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.process.pid, os.WEXITED | os.WNOWAIT)
 
 
 def interrupt(process: OtherProcess) -> None:
@@ -74,7 +75,7 @@ def interrupt(process: OtherProcess) -> None:
 ], ids=["killed", "interrupted"])
 @pytest.mark.parametrize("method", ["send", "receive"])
 def test_an_end_before_the_last_chunk(tmp_path, started, monkeypatch, method, event: Callable, code, line):
-    """The second time that `method` is called in the first split, `event` happens before it."""
+    """The third time that `method` is called, `event` happens before it."""
     monkeypatch.setattr(row_cache, "LEAST_BYTES", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = write(tmp_path / "pairs.jsonl", CONTENTS["pairs.jsonl"])
