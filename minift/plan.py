@@ -237,14 +237,14 @@ def report(configs: list[Config]) -> str:
         result["predicted_peak_bytes"] += resident
     dtype = dtype_name(choose_dtype(options.dtype, device))
     parameters = sum(p.numel() for p in base.model.parameters())
-    with_graphs = options.graphs != "off" and not why_no_graphs(options, base.model.config)
+    graphs_note = ""
+    if options.graphs != "off" and not why_no_graphs(options, base.model.config):
+        graphs_note = "; the memory of CUDA graphs is not counted (--graphs off saves it)"
     batch_tokens = sum(len(row.ids) for row in batch)
     batch_targets = sum(row.num_targets for row in batch)
     return "\n".join([
         f"plan of {options.model}: {parameters:,} parameters, on {device} in {dtype}; nothing is loaded",
         f"a batch of {len(batch)} rows with {batch_tokens:,} tokens, of which {batch_targets:,} are targets ({origin})",
         f"peak: all tensors alive at one time, on a CPU three tenths more for holes in the heap, and the "
-        f"{format_bytes(resident)} in use without them" +
-        ("; without the memory of CUDA graphs, which may be as much again as activations and gradients: --graphs off "
-         "saves it" if with_graphs else ""),
+        f"{format_bytes(resident)} in use without them{graphs_note}",
         "", table(results, COLUMNS)])
