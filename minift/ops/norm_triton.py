@@ -87,16 +87,15 @@ def forward(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float)
     N, C = x.shape
     settings = tiles(C)
     total, normed = torch.empty_like(x), torch.empty_like(x)
-    if N:
-        with torch.cuda.device_of(x):  # Triton launches on the current GPU, not on that of the tensors
-            add_norm_kernel[(triton.cdiv(N, settings["ROWS"]),)](
-                x, update,
-                weight, bias,
-                total, normed,
-                N, C,
-                eps,
-                **settings,
-            )
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU, not on that of the tensors
+        add_norm_kernel[(triton.cdiv(N, settings["ROWS"]),)](
+            x, update,
+            weight, bias,
+            total, normed,
+            N, C,
+            eps,
+            **settings,
+        )
     return total, normed
 
 
@@ -106,18 +105,17 @@ def backward(dtotal: Tensor | None, dnormed: Tensor, total: Tensor, weight: Tens
     N, C = total.shape
     settings = tiles(C)
     dx = torch.empty_like(total)
-    if N:
-        with torch.cuda.device_of(total):
-            add_norm_backward_kernel[(triton.cdiv(N, settings["ROWS"]),)](
-                dtotal,
-                dnormed.contiguous(), total,
-                weight,
-                dx,
-                N, C,
-                eps,
-                HAS_DTOTAL=dtotal is not None,
-                **settings,
-            )
+    with torch.cuda.device_of(total):
+        add_norm_backward_kernel[(triton.cdiv(N, settings["ROWS"]),)](
+            dtotal,
+            dnormed.contiguous(), total,
+            weight,
+            dx,
+            N, C,
+            eps,
+            HAS_DTOTAL=dtotal is not None,
+            **settings,
+        )
     return dx
 
 
