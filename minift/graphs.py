@@ -6,6 +6,9 @@ rounded up to a bucket (`Bucket`) by filler tokens and by targets that do not co
 bucket's input. Without dropout the losses are those of a step without a graph. With dropout the masks differ, as N
 does; they follow from the step's seed all the same.
 
+Memory: all graphs share a pool, which keeps the activations and gradients of the largest step with a graph. No other
+step can use it, such as one without a graph, or the first of a bucket. --plan does not count the pool.
+
 Not run on a GPU yet; the tests replay a stand-in on a CPU.
 """
 

@@ -19,6 +19,7 @@ from minift.data.dataset import load_examples
 from minift.device import choose_device, choose_dtype, dtype_name, process_bytes, resident_memory
 from minift.distributed import local_rows
 from minift.files import weights
+from minift.graphs import why_no_graphs
 from minift.model.gpt import GPT, GPTConfig
 from minift.model.packing import Row
 from minift.ops import FLOPS
@@ -236,11 +237,14 @@ def report(configs: list[Config]) -> str:
         result["predicted_peak_bytes"] += resident
     dtype = dtype_name(choose_dtype(options.dtype, device))
     parameters = sum(p.numel() for p in base.model.parameters())
+    graphs_note = ""
+    if options.graphs != "off" and not why_no_graphs(options, base.model.config):
+        graphs_note = "; the memory of CUDA graphs is not counted (--graphs off saves it)"
     batch_tokens = sum(len(row.ids) for row in batch)
     batch_targets = sum(row.num_targets for row in batch)
     return "\n".join([
         f"plan of {options.model}: {parameters:,} parameters, on {device} in {dtype}; nothing is loaded",
         f"a batch of {len(batch)} rows with {batch_tokens:,} tokens, of which {batch_targets:,} are targets ({origin})",
         f"peak: all tensors alive at one time, on a CPU three tenths more for holes in the heap, and the "
-        f"{format_bytes(resident)} in use without them",
+        f"{format_bytes(resident)} in use without them{graphs_note}",
         "", table(results, COLUMNS)])

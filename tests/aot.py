@@ -1,8 +1,8 @@
 """python tests/aot.py: what the Triton kernels need on sm_80, sm_90 and sm_120, with no GPU and no driver.
 
-A layer's step is launched on meta tensors. Instead of running, each kernel is compiled as that launch would
-have it, and triton's own tools read registers, stack (spills), shared memory and matrix instructions.
-The last line is JSON. With --all, many ranks, shapes and dtypes: some ten minutes.
+The step of a layer, and that of the norm before it, are launched on meta tensors. Instead of running, each kernel is
+compiled as that launch would have it, and triton's own tools read registers, stack (spills), shared memory and matrix
+instructions. The last line is JSON. With --all, many ranks, shapes and dtypes: some ten minutes.
 """
 
 import json
@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction, MockTensor  # noqa: E402
 
-from minift.ops import lora_triton, lora_triton_gemm, lora_triton_tiles  # noqa: E402
+from minift.ops import lora_triton, lora_triton_gemm, lora_triton_tiles, norm_triton  # noqa: E402
 from minift.ops.lora_triton_tiles import Gpu  # noqa: E402
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
@@ -45,13 +45,14 @@ class Case(NamedTuple):
 
 BF16 = torch.bfloat16
 LARGE = ("gemm_kernel", "persistent_kernel")
+NORM = ("add_norm_kernel", "add_norm_backward_kernel")
 CASES = [
     Case(90, "hybrid", BF16, 8192, 768, 2304, QV, 8, 0.1),
     Case(90, "triton", BF16, 8192, 768, 2304, QV, 8, 0.1, LARGE),  # narrow tiles
     Case(90, "triton", BF16, 8192, 4096, 4096, (0,), 64, 0.0, LARGE),  # wide tiles
     Case(90, "persistent", BF16, 8192, 4096, 4096, (0,), 16, 0.0, LARGE),
-    Case(80, "triton", torch.float16, 8192, 768, 3072, (0,), 16, 0.1, (*LARGE, "shrink_kernel")),
-    Case(120, "triton", BF16, 8192, 4096, 4096, (0,), 16, 0.1, (*LARGE, "expand_kernel")),
+    Case(80, "triton", torch.float16, 8192, 768, 3072, (0,), 16, 0.1, (*LARGE, *NORM, "shrink_kernel")),
+    Case(120, "triton", BF16, 8192, 4096, 4096, (0,), 16, 0.1, (*LARGE, *NORM, "expand_kernel")),
 ]
 SHAPES = ((768, 2304, QV), (3072, 768, (0,)), (1601, 1601, (0,)), (4096, 4096, (0,)))
 ALL = [Case(cc, "triton", BF16, 8192, K, N, offsets, rank, dropout) for cc in GPUS for K, N, offsets in SHAPES
@@ -105,10 +106,13 @@ def run_step(case: Case) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, weight = empty(M, K), empty(N, K)
-    A, B = empty(P * rank, K, dtype=torch.float32), empty(P * n, rank, dtype=torch.float32)
+    A, B = empty(P * rank, K), empty(P * n, rank)
     settings = list(offsets), 2.0, dropout, empty(dtype=torch.int64) if dropout else None
     y, h = lora_triton.forward(x, weight, empty(N), A, B, *settings, kernel)
     lora_triton.backward(y, x, weight, A, B, h, *settings, True, kernel)
+    norm_triton.forward(x, x, empty(K), empty(K), 1e-5)
+    for dtotal in (x, None):
+        norm_triton.backward(dtotal, x, x, empty(K), 1e-5)
 
 
 def needs(kernel: JITFunction, key: tuple) -> dict[str, Any]:

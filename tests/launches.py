@@ -7,7 +7,7 @@ The count is an upper bound, by these rules:
 - A view, an empty tensor and a reshape without a copy launch nothing. Any other operation of torch is one kernel, where
   KERNELS says nothing else; an operation in no table is an error. A copy from or to the host counts like a kernel.
 - Operations on lists (AdamW, the clipping) launch one kernel for some tensors, see `list_kernels`.
-- The operators of lora_triton.py run, with a counter in the place of Triton's launcher.
+- The operators of lora_triton.py and norm_triton.py run, with a counter in the place of Triton's launcher.
 - AdamW's first step, which creates its state, is not counted.
 
 PYTHONPATH=. python tests/launches.py prints the counts of all modes, and those of each operation with --operations.
@@ -39,7 +39,7 @@ NO_KERNEL = {"detach", "alias", "empty", "empty_like", "new_empty", "empty_strid
              "_unsafe_view", "resize_"}
 ONE_KERNEL = {
     "_to_copy", "copy_", "clone", "_local_scalar_dense", "fill_", "zero_", "zeros", "ones", "full", "zeros_like",
-    "ones_like", "new_zeros", "new_full", "arange", "constant_pad_nd", "scalar_tensor",
+    "ones_like", "new_zeros", "new_full", "arange", "constant_pad_nd", "scalar_tensor", "full_like",
     "add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "reciprocal", "exp", "exp_", "expm1",
     "log", "abs", "clamp", "clamp_", "where", "lt", "gt", "eq", "ne", "bitwise_not", "masked_fill", "masked_fill_",
     "threshold_backward", "all", "sum", "amax", "linalg_vector_norm", "_log_softmax", "_log_softmax_backward_data",
@@ -100,7 +100,7 @@ class LaunchCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if func.namespace == "minift" and name in ("lora_forward", "lora_backward"):
+        if func.namespace == "minift" and name in ("lora_forward", "lora_backward", "add_norm", "add_norm_backward"):
             return self.run_triton(name, args)
         if func is aten._local_scalar_dense.default:
             result = 1
@@ -121,10 +121,10 @@ class LaunchCounter(TorchDispatchMode):
         return result
 
     def run_triton(self, name: str, args: Any) -> Any:
-        """One of lora_triton's operators, with its launches counted and not run."""
+        """An operator of lora_triton.py or norm_triton.py, with its launches counted and not run."""
         from triton.runtime.jit import KernelInterface
 
-        from minift.ops import lora_triton
+        from minift.ops import lora_triton, norm_triton
 
         def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
             def count(*args: Any, **kwargs: Any) -> None:
@@ -132,9 +132,10 @@ class LaunchCounter(TorchDispatchMode):
 
             return count
 
-        implementation = {"lora_forward": lora_triton.forward, "lora_backward": lora_triton.backward}[name]
+        implementations = {"lora_forward": lora_triton.forward, "lora_backward": lora_triton.backward,
+                           "add_norm": norm_triton.forward, "add_norm_backward": norm_triton.backward}
         with self, mock.patch.object(KernelInterface, "__getitem__", launcher):
-            return implementation(*args)
+            return implementations[name](*args)
 
 
 def flash_attention(qkv: Tensor, rows: PackedRows, n_head: int, scale: float, dropout: float) -> Tensor:

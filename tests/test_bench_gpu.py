@@ -184,7 +184,7 @@ def test_each_kernel_alone() -> None:
     case, facts = layers.Case(16, 48, 20, 3, 0.1, "qv"), {"flops_per_second": 1e9, "bytes_per_second": 1e9}
     ring = layers.make_ring(case, torch.float32, CPU, 0)
     found = {result["part"]: result for result in parts.measure(case, ring, layers.OUR_KERNELS, 1, facts)}
-    assert len(found) == 12 and all(result["ms"] > 0 for result in found.values())
+    assert len(found) == 14 and all(result["ms"] > 0 for result in found.values())
     assert found["y = x W^T, torch"]["floor_ms"] == pytest.approx(2 * 20 * 16 * 48 / 1e9 * 1e3)  # bound by its FLOPs
     few_bytes = 4 * (20 * 16 + 20 * 6) + 4 * 6 * 16
     assert found["dA = g^T x, outer"]["floor_ms"] == pytest.approx(max(2 * 20 * 6 * 16, few_bytes) / 1e9 * 1e3)

@@ -512,9 +512,11 @@ def test_adapters_stand_where_the_papers_put_them(make_gpt: Callable) -> None:
         )
 
     with torch.no_grad():
-        middle = x + adapter(block.attn_adapter, block.attn(block.ln_1(x), rows))
-        wanted = middle + adapter(block.mlp_adapter, block.mlp(block.ln_2(middle)))
-        assert torch.allclose(block(x, rows), wanted, atol=1e-5)
+        _, normed = block.ln_1(x, None)
+        middle, normed = block.ln_2(x, adapter(block.attn_adapter, block.attn(normed, rows)))
+        update = adapter(block.mlp_adapter, block.mlp(normed))
+        for found, wanted in zip(block(x, None, rows), (middle, update), strict=True):
+            assert torch.allclose(found, wanted, atol=1e-5)
     one = apply(make_gpt(), "adapter", {"bottleneck": 5, "placement": "pfeiffer"})
     assert {name.split(".")[2] for name in modes.tuned_parameters(one)} == {"mlp_adapter"}
     with pytest.raises(UserError, match="--bottleneck 0: must be at least 1"):

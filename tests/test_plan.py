@@ -226,6 +226,15 @@ def test_plan_of_a_folder_without_weights(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["base"]  # it wrote nothing
 
 
+def test_a_plan_says_that_graphs_are_not_counted(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--plan", "--mode", "lora", "--model", model_folder, "--batch", "2", "--max-length", "80",
+                 "--max-new-tokens", "8")
+    monkeypatch.setattr(plan, "why_no_graphs", lambda *_: None)  # as with a GPU
+    for graphs, says in (("off", False), ("auto", True)):
+        ended = run_train(*arguments, "--graphs", graphs)
+        assert ended.code == 0 and ("CUDA graphs is not counted" in ended.out) == says
+
+
 def test_plan_reads_the_rows(model_folder: Path, tmp_path: Path) -> None:
     """With --data and a tokenizer the widest batch of the run is planned."""
     rows = [{"prompt": "lunch " * n, "completion": "late"} for n in (1, 2, 3, 30)]

@@ -184,7 +184,7 @@ def test_offsets_beyond_32_bits(tmp_path: Path, rank: int) -> None:
         return view.copy_(torch.randn(rows, columns, generator=torch.Generator().manual_seed(place)))
 
     x, dy, weight = far(M, K, 0), far(M, N, 100), far(N, K, 200)
-    A, B = torch.randn(rank, K, device=DEVICE), torch.randn(N, rank, device=DEVICE)
+    A, B = (torch.randn(shape, device=DEVICE).half() for shape in ((rank, K), (N, rank)))
     seed, results = torch.tensor(7, device=DEVICE), []
     for given in ((x, dy, weight), (x.contiguous(), dy.contiguous(), weight.contiguous())):
         a, d, w = given
@@ -232,6 +232,8 @@ def test_the_plan_counts_the_same(dropout: str) -> None:
         with torch.device("meta"):
             base = Base("small", Path(), GPT(SMALL), None, None)
         costs[kernel] = plan.predict(settings, training.build_on_meta(base, settings), BATCH)
+    # the mean and 1 / std of 64 tokens, which the Triton kernels of two norms do not keep
+    costs["torch"]["activations_bytes"] -= 2 * 64 * 2 * 4
     for name in ("flops_per_token", "activations_bytes", "gradients_bytes", "weights_bytes"):
         assert costs["triton"][name] == pytest.approx(costs["torch"][name], rel=1e-9), name
     assert costs["triton"]["predicted_peak_bytes"] <= costs["torch"]["predicted_peak_bytes"]
@@ -414,13 +416,14 @@ def test_compiled_for_three_gpus_without_one() -> None:
     assert ended.code == 0, ended.err
     compiled = json.loads(ended.out.splitlines()[-1])
     names = {"shrink_kernel", "sum_kernel", "sum_two_kernel", "gemm_kernel", "persistent_kernel", "expand_kernel",
-             "outer_kernel", "augment_kernel", "add_kernel"}
+             "outer_kernel", "augment_kernel", "add_kernel", "add_norm_kernel", "add_norm_backward_kernel"}
+    without_products = {"sum_kernel", "sum_two_kernel", "augment_kernel", "add_norm_kernel", "add_norm_backward_kernel"}
     assert {one["kernel"] for one in compiled} == names and {one["cc"] for one in compiled} == {80, 90, 120}
     tiles = {(one["cc"], one["constants"]["BN"]) for one in compiled if one["kernel"] == "gemm_kernel"}
     assert tiles >= {(80, 128), (90, 256), (90, 128), (120, 128)}
     for one in compiled:
         assert one["stack"] == 0 and one["registers"] <= 255 and one["shared"] <= one["limit"], one
-        if one["kernel"] not in ("sum_kernel", "sum_two_kernel", "augment_kernel"):
+        if one["kernel"] not in without_products:
             assert one["wgmma" if one["cc"] == 90 else "mma"] > 0, one
         if one["kernel"] in ("shrink_kernel", "expand_kernel"):
             assert max(one["waits"]) >= 2, one  # groups of loads that are on their way while a product runs

@@ -100,6 +100,17 @@ def test_a_bad_step_and_those_after_it_change_nothing(make_gpt: Callable[..., GP
         assert {int(s["step"]) for s in optimizer.state.values()} == ({2} if late else {3})
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_the_device_finds_every_number_that_is_not_finite(number: float) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    optimizer.found_inf = torch.zeros(())
+    for numbers, moves in (([-3e38, 2.0], True), ([number, 2.0], False), ([2.0, number], False), ([1.0, 2.0], False)):
+        before, parameter.grad = parameter.detach().clone(), torch.ones(3)
+        training.guarded_step(optimizer, torch.tensor(numbers))
+        assert torch.equal(parameter, before) != moves
+
+
 @pytest.fixture(scope="module")
 def common(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     pairs = write_pairs(tmp_path_factory.mktemp("data") / "pairs")

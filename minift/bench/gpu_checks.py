@@ -32,6 +32,7 @@ from minift.ops.dropout import dropout_reference, keep_mask
 from minift.ops.gelu import gelu_tanh
 from minift.ops.kernel_choice import check_kernel
 from minift.ops.lora import lora_linear
+from minift.ops.norm import add_norm, add_norm_reference
 from minift.run.config import TrainOptions
 from minift.training import apply_step, make_optimizer, train_step
 
@@ -42,7 +43,7 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 MODEL_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 SHAPE = GPTConfig(vocab_size=211, n_positions=160, n_embd=128, n_layer=2, n_head=2, eos_token_id=0)  # hs = 64
 LENGTHS = (70, 3, 128, 41, 1)  # of rows
-TESTS = ("test_triton.py", "test_flash_attention.py", "test_graphs.py", "test_lora_op.py")
+TESTS = ("test_triton.py", "test_norm.py", "test_flash_attention.py", "test_graphs.py", "test_lora_op.py")
 
 
 def verdict(check: str, error: float, bound: float) -> Result:
@@ -165,6 +166,22 @@ def check_head(dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
     yield verdict(f"GELU, {dtype_name(dtype)}", relative_error(gelu_tanh(hidden), exact_gelu), BOUNDS[dtype])
 
 
+def check_norm(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
+    """The kernels of x + update and its norm, and their gradient."""
+    check_kernel("triton", device)
+    torch.manual_seed(3)
+    x, update, dsum, dnormed = (torch.randn(rows, 768, device=device).to(dtype) for _ in range(4))
+    weight, bias = torch.randn(2, 768, device=device).to(dtype)
+    leaf, exact_leaf = x.requires_grad_(), x.detach().double().requires_grad_()
+
+    def outputs(found: tuple[Tensor, Tensor], leaf: Tensor) -> list[Tensor]:
+        return [*found, *torch.autograd.grad(found, leaf, [dy.to(leaf.dtype) for dy in (dsum, dnormed)])]
+
+    got = outputs(add_norm(leaf, update, weight, bias, 1e-5, "triton"), leaf)
+    exact = outputs(add_norm_reference(exact_leaf, update.double(), weight.double(), bias.double(), 1e-5), exact_leaf)
+    yield verdict(f"x + update and its norm, {dtype_name(dtype)}", worst_error(got, exact), BOUNDS[dtype])
+
+
 # ---- models
 
 def small_model(mode: str, kernel: str, dtype: torch.dtype, device: torch.device) -> GPT:
@@ -283,6 +300,7 @@ def checks(device: torch.device, dry: bool) -> dict[str, Check]:
         found["attention's dropout"] = partial(check_attention_dropout, device)
     found |= layer_checks(device, dry)
     for dtype in dtypes:
+        found[f"norm, {dtype_name(dtype)}"] = partial(check_norm, 5 if dry else 2049, dtype, device)
         for mode in MODES:
             for kernel in OUR_KERNELS if MODES[mode].uses_kernel and not dry else ("torch",):
                 found[f"{mode}, {kernel}, {dtype_name(dtype)}"] = partial(check_mode, mode, kernel, dtype, device)

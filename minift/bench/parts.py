@@ -50,7 +50,7 @@ def products(case: Case, itemsize: int) -> dict[str, Part]:
 
 def kernels(case: Case, itemsize: int, usable: list[str]) -> dict[str, Part]:
     """Every Triton kernel of the usable values of --kernel alone, on h and g that the layer's ring holds."""
-    from minift.ops import lora_triton
+    from minift.ops import lora_triton, norm_triton
     from minift.ops.lora_triton_hybrid import add_update, augment, augmented_width
     M, N, K, dropout, offsets = case.M, case.N, case.K, case.dropout, case.offsets
     J, outputs = case.rank * len(offsets), case.part_size * len(offsets)
@@ -80,6 +80,13 @@ def kernels(case: Case, itemsize: int, usable: list[str]) -> dict[str, Part]:
         x_copy = layer["x"].new_empty(M, width)
         lora_triton.shrink(layer["x"], layer["a"], SCALE, dropout, layer["seed"], layer["h"], x_copy)
 
+    def add_norm(layer: Layer) -> None:
+        scale = layer["a"][0]  # (K,), as its bias too
+        norm_triton.add_norm(layer["x"], layer["dx"], scale, scale, 1e-5)
+
+    def add_norm_backward(layer: Layer) -> None:
+        norm_triton.add_norm_backward(layer["dx"], layer["x"], layer["x"], layer["a"][0], 1e-5)
+
     flops, nbytes = 2 * M * N * K, itemsize * (M * K + M * N + N * K + M * J)
     thin_in, thin_out = 2 * M * J * K, 2 * M * case.rank * outputs
     expand_bytes = itemsize * (M * outputs + 2 * M * J) + 4 * outputs * case.rank  # dA and dB are in fp32
@@ -97,6 +104,9 @@ def kernels(case: Case, itemsize: int, usable: list[str]) -> dict[str, Part]:
         "g and dB, expand": Part(expand, 2 * thin_out, expand_bytes),
         "dA = g^T x, outer": Part(outer, thin_in, outer_bytes),
         "g, dB, dA and sums": Part(thin_gradients, 2 * thin_out + thin_in, expand_bytes + outer_bytes),
+        # the norm before the layer
+        "x + u and its norm": Part(add_norm, 0, itemsize * 4 * M * K),
+        "dx of x + u and norm": Part(add_norm_backward, 0, itemsize * 3 * M * K),  # x is read twice, once from a cache
         # of the hybrid
         "[x, h], shrink": Part(shrink_copy, thin_in, itemsize * (M * K + K * J + M * width)),
         "[W, B], augment": Part(lambda layer: augment(layer["weight"], layer["b"], offsets, width), 0,

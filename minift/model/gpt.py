@@ -31,6 +31,7 @@ from minift.ops.cast import cast_together
 from minift.ops.cross_entropy import cross_entropy
 from minift.ops.gelu import gelu_tanh
 from minift.ops.linear import linear
+from minift.ops.norm import add_norm
 
 ACTIVATIONS = {
     "gelu_new": gelu_tanh,
@@ -78,11 +79,15 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation in the dtype of its input."""
+    """Layer normalisation of the residual stream, in the dtype of its input. It first adds the output of the sublayer
+    before it, so that both can be one kernel."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    kernel = "auto"  # see GPT.set_kernel
+
+    def forward(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (N, C) and an update (N, C), or None -> x + update, and its normalisation."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return add_norm(x, update, weight, bias, self.eps, self.kernel)
 
 
 class Attention(nn.Module):
@@ -152,6 +157,9 @@ class Block(nn.Module):
 
     `attn_adapter` and `mlp_adapter` are slots for bottleneck adapters (Houlsby et al. 2019, figure 2). They get the
     output of a sublayer, before it is added to the residual stream. An empty slot is the identity.
+
+    A block does not add the output of its MLP, the `update`, to the residual stream x. The next norm does: that of the
+    next block, or the model's last.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -163,22 +171,25 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_adapter = nn.Identity()
 
-    def forward(self, x: Tensor, rows: PackedRows, dropout: float = 0.0, cache: KVCache | None = None,
-                selected: Tensor | None = None) -> Tensor:
-        """x (N, C) -> (N, C), or (n, C) of the tokens that `selected` (n,) indexes. Keys and values use all tokens."""
-        attended = self.attn(self.ln_1(x), rows, dropout, cache, selected)
-        return self.add_sublayers(select_tokens(x, selected), attended, dropout)
+    def forward(self, x: Tensor, update: Tensor | None, rows: PackedRows, dropout: float = 0.0,
+                cache: KVCache | None = None, selected: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x and update (N, C) -> both (N, C), or (n, C) of the tokens that `selected` (n,) indexes. Keys and values use
+        all tokens."""
+        x, normed = self.ln_1(x, update)
+        attended = self.attn(normed, rows, dropout, cache, selected)
+        return self.after_attention(select_tokens(x, selected), attended, dropout)
 
-    def next(self, x: Tensor, cache: KVCache) -> Tensor:
-        """One new token in each of the cache's rows, (B, C) -> (B, C)."""
-        attended = self.attn.next(self.ln_1(x), cache)
-        return self.add_sublayers(x, attended, dropout=0.0)
+    def next(self, x: Tensor, update: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """The same for one new token in each of the cache's rows, (B, C) -> (B, C)."""
+        x, normed = self.ln_1(x, update)
+        attended = self.attn.next(normed, cache)
+        return self.after_attention(x, attended, dropout=0.0)
 
-    def add_sublayers(self, x: Tensor, attended: Tensor, dropout: float) -> Tensor:
-        """x plus the output of attention, plus the MLP of that sum."""
+    def after_attention(self, x: Tensor, attended: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+        """x plus the output of attention, and the MLP of that sum."""
         # no `training` argument for F.dropout: GPT.hidden passes a rate of 0 when the model does not train
-        x = x + F.dropout(self.attn_adapter(attended), dropout)
-        return x + F.dropout(self.mlp_adapter(self.mlp(self.ln_2(x))), dropout)
+        x, normed = self.ln_2(x, F.dropout(self.attn_adapter(attended), dropout))
+        return x, F.dropout(self.mlp_adapter(self.mlp(normed)), dropout)
 
 
 def select_tokens(x: Tensor, selected: Tensor | None) -> Tensor:
@@ -263,28 +274,31 @@ class GPT(nn.Module):
         for layer in self.per_row_layers:
             layer.set_rows(rows.row_ids, rows.positions)
         dropout = self.dropout if self.training else 0.0
-        x = F.dropout(self.embed(batch.tokens, rows.positions), dropout)
+        x, update = F.dropout(self.embed(batch.tokens, rows.positions), dropout), None
         for block in self.h:
             # After attention in the last block, only the selected tokens are needed: in training those before a
             # target, some 15 % of all. Layers in per_row_layers get every token, so then nothing is left out.
             needed = selected if block is self.h[-1] and not self.per_row_layers else None
             if self.checkpoint and self.training:
-                x = checkpoint(block, x, rows, dropout, cache, needed, use_reentrant=False)
+                x = x if update is None else x + update  # now, since a checkpoint keeps each of its inputs
+                x, update = checkpoint(block, x, None, rows, dropout, cache, needed, use_reentrant=False)
             else:
-                x = block(x, rows, dropout, cache, needed)
+                x, update = block(x, update, rows, dropout, cache, needed)
         if self.per_row_layers:
-            x = select_tokens(x, selected)
-        return self.ln_f(x)
+            x, update = select_tokens(x, selected), select_tokens(update, selected)
+        _, normed = self.ln_f(x, update)
+        return normed
 
     def next_hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """The hidden states (B, C), after the last norm, of one new token in each of the cache's rows: tokens (B,)."""
         positions = cache.advance()  # (B,), in the cache's order of rows
         for layer in self.per_row_layers:
             layer.set_rows(cache.order, positions)
-        x = self.embed(tokens[cache.order], positions)
+        x, update = self.embed(tokens[cache.order], positions), None
         for block in self.h:
-            x = block.next(x, cache)
-        return self.ln_f(x)[cache.inverse_order]  # the caller's order of rows
+            x, update = block.next(x, update, cache)
+        _, normed = self.ln_f(x, update)
+        return normed[cache.inverse_order]  # the caller's order of rows
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) in fp32; the head is the token embedding (tied weights)."""
@@ -327,9 +341,10 @@ class GPT(nn.Module):
             release_pages(source)  # the base's file need not stay in memory beside the copy
 
     def set_kernel(self, kernel: str) -> None:
-        """Choose the implementation of low-rank updates, one of ops.kernel_choice.KERNELS."""
-        for layer in self.linear_layers():
-            layer.kernel = kernel
+        """Choose the implementation of low-rank updates and norms, one of ops.kernel_choice.KERNELS."""
+        for module in self.modules():
+            if isinstance(module, Linear | LayerNorm):
+                module.kernel = kernel
 
     def linear_layers(self) -> list[Linear]:
         return [module for module in self.modules() if isinstance(module, Linear)]

@@ -2,7 +2,8 @@
 
 torch is the Function of lora.py. The others are in lora_triton.py, and run on NVIDIA GPUs alone: triton adds the update
 inside a matrix product in Triton, persistent does so in one for Hopper (sm_90), and hybrid leaves the large products to
-cuBLAS. `auto` follows kernel_rule.json, which a benchmark writes with `write_rule`.
+cuBLAS. With these, norm.py uses its kernels too. `auto` follows kernel_rule.json, which a benchmark writes with
+`write_rule`, and leaves the norms to torch.
 """
 
 import functools

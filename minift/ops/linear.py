@@ -37,16 +37,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear_reference(x, weight, bias)
     flat_x = x.reshape(-1, x.shape[-1])  # (..., K) -> (M, K)
     if use_cast_linear:
-        y = CastLinear.apply(flat_x, weight, bias)
-        return y.view(*x.shape[:-1], len(weight))
+        return unflatten_like(CastLinear.apply(flat_x, weight, bias), x)
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if torch.is_grad_enabled():
         y = FastLinear.apply(flat_x, weight, bias)
     else:  # without an autograd Function, whose overhead is a twentieth of a decoding step
         y = matmul(flat_x, weight.T, bias)
-    # not view(..., -1): for zero tokens, -1 would be ambiguous
-    return y.view(*x.shape[:-1], len(weight))  # (M, N) -> (..., N)
+    return unflatten_like(y, x)  # (M, N) -> (..., N)
+
+
+def unflatten_like(y: Tensor, x: Tensor) -> Tensor:
+    """y (M, N) with the leading dimensions of x (..., K). For x (M, K) it is y itself and no view, which FSDP2 warns of
+    in a block's output."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 class FastLinear(torch.autograd.Function):

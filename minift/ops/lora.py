@@ -23,7 +23,7 @@ from minift import ops
 from minift.ops.cast import cast
 from minift.ops.dropout import drop, dropout_reference
 from minift.ops.kernel_choice import choose
-from minift.ops.linear import linear_reference, matmul, matmul_to
+from minift.ops.linear import linear_reference, matmul, matmul_to, unflatten_like
 
 
 class Update(NamedTuple):
@@ -74,7 +74,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     else:
         kernel = choose(kernel, flat_x, B.shape[1], dropout)
         y = LoRAFunction.apply(flat_x, weight, bias, A, B, update, kernel)
-    return y.view(*x.shape[:-1], len(weight))  # (M, N) -> (..., N)
+    return unflatten_like(y, x)  # (M, N) -> (..., N)
 
 
 class LoRAFunction(torch.autograd.Function):

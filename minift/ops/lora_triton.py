@@ -17,7 +17,8 @@ Backward:  expand and outer as above
            cuBLAS  dx = dy W
            add     dx += keep * (g A), in place
 
-Letters as in lora.py, and J = P r, the columns of h.
+All tensors have the dtype of x; the gradients of A and B are in fp32. Letters as in lora.py, and J = P r, the columns
+of h.
 """
 
 from typing import Any
@@ -47,7 +48,6 @@ def shrink(x: Tensor, A: Tensor, c: float, dropout: float, seed: Tensor | None, 
     with zeros in the padding."""
     M, K = x.shape
     J = len(A)
-    A = A.to(x.dtype)  # once, and not for each tile
     BM = 32 if x.dtype == torch.float32 else 64
     BJ = rank_tile(J, x.dtype)
     if x.dtype == torch.float32:
@@ -103,7 +103,6 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, o
     M, K = x.shape
     N = len(weight)
     n, rank = len(B) // len(offsets), B.shape[1]
-    B = B.to(x.dtype)
     y = x.new_empty(M, N)
     tiles = gemm_tiles(gpu_of(x.device), x.dtype, M, N, K, rank, dropout)
     grid = (triton.cdiv(M, tiles["BM"]) * triton.cdiv(N, tiles["BN"]),)  # one dimension: the kernel orders the tiles
@@ -169,7 +168,6 @@ def expand(dy: Tensor, B: Tensor, h: Tensor, offsets: tuple[int, ...], c: float)
     """g = c dy_p B_p for every part p, (M, J), and the summands (chunks, P n, r) of dB = dy_p^T h_p in fp32."""
     M, parts, rank = len(dy), len(offsets), B.shape[1]
     n = len(B) // parts
-    B = B.to(dy.dtype)
     # One read of dy has a price: every program writes a dB of its own BM rows, which is read again for the sum. That is
     # 8 r / BM bytes for each two bytes of dy, and above rank 32 more than a second read of dy.
     if rank > 32:
@@ -243,7 +241,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
         if kernel == "hybrid":
             x_copy = x.new_empty(len(x), augmented_width(x.shape[1], len(A)))
             shrink(x, A, c, dropout, seed, h, x_copy)
-            wide = augment(weight, B.to(x.dtype), tuple(offsets), x_copy.shape[1])
+            wide = augment(weight, B, tuple(offsets), x_copy.shape[1])
             y = torch.mm(x_copy, wide.T) if bias is None else torch.addmm(bias, x_copy, wide.T)
         else:
             shrink(x, A, c, dropout, seed, h)

@@ -44,7 +44,6 @@ def augment(weight: Tensor, B: Tensor, offsets: tuple[int, ...], width: int) -> 
 def add_update(dx: Tensor, g: Tensor, A: Tensor, dropout: float, seed: Tensor | None) -> None:
     """dx (M, K) += keep * (g A), in place."""
     M, K = dx.shape
-    A = A.to(dx.dtype)
     BM, BK = (32, 64) if dx.dtype == torch.float32 else (64, 128)
     add_kernel[(triton.cdiv(M, BM), triton.cdiv(K, BK))](
         dx,

@@ -78,7 +78,6 @@ def persistent_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B
     M, K = x.shape
     N = len(weight)
     n, rank = len(B) // len(offsets), B.shape[1]
-    B = B.to(x.dtype)
     y = x.new_empty(M, N)
     transposed = weight.stride(1) != 1
     gpu = gpu_of(x.device)

@@ -79,8 +79,8 @@ class TrainOptions:
     device: str = option("auto", "where to compute", choices=DEVICES)
     shard: bool = option(False, "spread the model over torchrun's processes (FSDP2), if it is too large for one "
                                 "device")
-    kernel: str = option("auto", "how low-rank updates are computed; auto: by the rule that a benchmark wrote "
-                                 "for this kind of GPU, else torch", choices=KERNELS)
+    kernel: str = option("auto", "how low-rank updates are computed, and with Triton the norms; auto: by the "
+                                 "rule that a benchmark wrote for this kind of GPU, else torch", choices=KERNELS)
     graphs: str = option("auto", "on a GPU in bf16: all kernels of a step are launched together, as a CUDA graph; "
                                  "auto: in small steps (not measured yet)", choices=("auto", "on", "off"))
     ops: str = option("fast", "plain: compute every operation by its plain reference (slow, to read or to find a "
