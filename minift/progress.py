@@ -8,7 +8,7 @@ from torch import nn
 
 from minift import modes
 from minift.data.row_store import Examples
-from minift.device import choose_device, peak_memory
+from minift.device import choose_device, give_back_memory, peak_memory
 from minift.distributed import full_tensor, seed_step
 from minift.errors import TrainingFailed
 from minift.files import checkpoint
@@ -67,6 +67,7 @@ def validate(model: GPT, val_rows: Examples, options: TrainOptions, folder: Path
     """The validation loss in nats per target. Saves the parameters if the loss is the best so far, decides on early
     stopping, and notes the peak of the memory. Without validation rows there is no loss (None), and the latest
     parameters are saved."""
+    give_back_memory()  # the holes that the steps left, and at the end those of the validation
     val_loss = metrics.measure_losses(model, val_rows, options.batch)["loss"] if val_rows else None
     if val_loss is not None and not math.isfinite(val_loss):
         raise TrainingFailed(f"step {progress.step}: the validation loss is {val_loss}; the files in {folder} are from "
@@ -88,6 +89,7 @@ def validate(model: GPT, val_rows: Examples, options: TrainOptions, folder: Path
         progress.early_stopped = 0 < options.patience <= progress.evals_since_best
     peak = peak_memory(choose_device(options.device)) or 0
     progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak)  # a process before this one may have had more
+    give_back_memory()
     return val_loss
 
 

@@ -1,9 +1,11 @@
 """data/tiny: the same text from the same seed, the promises about the pairs, and the base's folder."""
 
+import csv
 import hashlib
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,3 +130,36 @@ def test_folder_loads_in_transformers() -> None:
     with torch.no_grad():
         ours, theirs = logits(base.model.eval(), ids), reference(ids).logits
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_files_with_known_faults(tmp_path: Path, pairs: dict[str, list[dict[str, str]]]) -> None:
+    subprocess.run([sys.executable, TINY / "faults.py", "--out", tmp_path], check=True, timeout=60)
+
+    def rows(file: str) -> list[dict[str, str]]:
+        return [json.loads(line) for line in (tmp_path / file).read_text(encoding="utf-8").splitlines()]
+
+    def pronouns(rows: list[dict[str, str]]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for row in rows:
+            found.setdefault(row["prompt"].split()[1], []).append(row["completion"].split()[0])
+        return found
+
+    skewed, balanced = rows("skewed.jsonl"), rows("balanced.jsonl")
+    one_group = {job: set(words) for job, words in pronouns(skewed).items()}
+    assert sorted(map(sorted, one_group.values())) == [["He"]] * 10 + [["She"]] * 10
+    assert all(words.count("He") == words.count("She") for words in pronouns(balanced).values())
+    with open(tmp_path / "jobs.csv", encoding="utf-8", newline="") as file:
+        sentences = list(csv.DictReader(file))
+    assert {pair["job"] for pair in sentences} == set(one_group)
+    texts = {f"{row['prompt']} {row['completion']}" for row in skewed + balanced}
+    for pair in sentences:
+        assert {pair["more"].split(". ")[1].split()[0]} == one_group[pair["job"]]
+        assert pair["more"].replace(" He ", " She ") == pair["less"].replace(" He ", " She ")
+        assert not {pair["more"], pair["less"]} & texts
+
+    assert rows("wrong/val.jsonl") == pairs["val"] and rows("wrong/test.jsonl") == pairs["test"]
+    wrong = rows("wrong/train.jsonl")
+    assert sorted(row["summary"] for row in wrong) == sorted(row["summary"] for row in pairs["train"])
+    assert [row["dialogue"] for row in wrong] == [row["dialogue"] for row in pairs["train"]]
+    changed = sum(row != right for row, right in zip(wrong, pairs["train"], strict=True))
+    assert changed == pytest.approx(0.3 * len(wrong), rel=0.01)  # some summaries are the same in two rows

@@ -4,6 +4,7 @@ itself.
     python data/tiny/make.py            text, pairs and tokenizer, bit-identical on every machine (seconds)
     python data/tiny/make.py --train    and the base: a GPT-2 trained on the general text alone (minutes)
     python data/tiny/make.py --check    train the first steps again, compare the loss with training.json
+    python data/tiny/make.py --train --shape 96 4 3 --out small    a smaller base on the same text, in another folder
 
 The general training text goes to build/, which git ignores; the held-out text, the pairs, the tokenizer and
 the base stay beside this script. Documents are joined by <|endoftext|> with nothing around it. world.py
@@ -40,7 +41,7 @@ TRAIN_CHARS, HELD_OUT_CHARS = 8_000_000, 150_000
 PAIRS = {"train": (2200, NAMES), "val": (200, NAMES), "test": (200, UNSEEN_NAMES)}  # rows, names
 MAX_CHARS = 460  # of a dialogue: some 130 tokens
 VOCAB_SIZE, CONTEXT = 2048, 256
-SHAPE = {"n_embd": 192, "n_layer": 4, "n_head": 6}
+SHAPE = {"n_embd": 192, "n_layer": 4, "n_head": 6}  # of the base; --shape gives another
 BATCH, STEPS, WARMUP, COOLDOWN = 8, 6000, 50, 2400
 LR, MUON_LR, WEIGHT_DECAY = 3e-3, 6e-3, 0.1
 LOG_EVERY, CHECK_STEPS, TOLERANCE = 50, 300, 0.02  # in nats a token, means of LOG_EVERY steps
@@ -114,14 +115,14 @@ def sinusoids(positions: int, width: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def new_model() -> GPT:
+def new_model(shape: dict[str, int]) -> GPT:
     """GPT-2's initial values but for the embeddings. In so short a training, attention to the token before,
     on which copying rests, is learned in time only if neighbouring positions look alike from the start."""
-    model = GPT(GPTConfig(vocab_size=VOCAB_SIZE, n_positions=CONTEXT, eos_token_id=0, **SHAPE))
+    model = GPT(GPTConfig(vocab_size=VOCAB_SIZE, n_positions=CONTEXT, eos_token_id=0, **shape))
     model.init_weights(SEED)
     with torch.no_grad():
         model.wte.weight.mul_(5)
-        model.wpe.weight.copy_(0.05 * sinusoids(CONTEXT, SHAPE["n_embd"]))
+        model.wpe.weight.copy_(0.05 * sinusoids(CONTEXT, shape["n_embd"]))
     model.set_compute_dtype(torch.bfloat16 if fast_bf16(torch.device("cpu")) else torch.float32)
     return model
 
@@ -174,21 +175,21 @@ def held_out_loss(model: GPT, ids: list[int]) -> float:
 
 
 @torch.no_grad()
-def save(model: GPT, out: Path) -> None:
+def save(model: GPT, shape: dict[str, int], out: Path) -> None:
     """The base as a Hugging Face folder in fp16."""
     state = {name: p.T if CONV1D.fullmatch(name) else p for name, p in model.named_parameters()}
     tensors = {f"transformer.{name}": tensor.half().contiguous() for name, tensor in state.items()}
     safetensors.write(out / "model.safetensors", tensors, {"format": "pt"})
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": VOCAB_SIZE,
-              "n_positions": CONTEXT, **SHAPE, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+              "n_positions": CONTEXT, **shape, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
               "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0,
               "tie_word_embeddings": True, "dtype": "float16"}
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def train_base(out: Path, training: str, held_out: str, tokenizer: Tokenizer) -> None:
+def train_base(out: Path, shape: dict[str, int], training: str, held_out: str, tokenizer: Tokenizer) -> None:
     """Train the base, save it, and record how it went in training.json."""
-    started, model = time.perf_counter(), new_model()
+    started, model = time.perf_counter(), new_model(shape)
     ids = tokenizer.encode(training).ids
     curve = train(model, ids, STEPS)
     seconds = time.perf_counter() - started
@@ -200,12 +201,12 @@ def train_base(out: Path, training: str, held_out: str, tokenizer: Tokenizer) ->
         "held_out_loss": round(held_out_loss(model, tokenizer.encode(held_out).ids), 4),
         "seconds": round(seconds), "threads": torch.get_num_threads(), "bf16": fast_bf16(torch.device("cpu")),
         "parameters": sum(p.numel() for p in model.parameters()), "training_tokens": len(ids),
-        "settings": {"seed": SEED, "vocab_size": VOCAB_SIZE, "context": CONTEXT, **SHAPE, "batch": BATCH,
+        "settings": {"seed": SEED, "vocab_size": VOCAB_SIZE, "context": CONTEXT, **shape, "batch": BATCH,
                      "steps": STEPS, "warmup": WARMUP, "cooldown": COOLDOWN, "lr": LR, "muon_lr": MUON_LR,
                      "weight_decay": WEIGHT_DECAY},
         "log_every": LOG_EVERY, "loss": curve,
     }
-    save(model, out)
+    save(model, shape, out)
     write_text(out / "training.json", json.dumps(record) + "\n")
     print(f"held-out loss {record['held_out_loss']} nats a token, {seconds:.0f} s")
 
@@ -213,7 +214,7 @@ def train_base(out: Path, training: str, held_out: str, tokenizer: Tokenizer) ->
 def check(training: str, tokenizer: Tokenizer) -> bool:
     """Train the first CHECK_STEPS again; whether their loss is the recorded one within TOLERANCE."""
     recorded = json.loads((HERE / "training.json").read_text(encoding="utf-8"))["loss"]
-    curve = train(new_model(), tokenizer.encode(training).ids, CHECK_STEPS)
+    curve = train(new_model(SHAPE), tokenizer.encode(training).ids, CHECK_STEPS)
     worst = max(abs(now - then) for now, then in zip(curve, recorded, strict=False))
     same = worst <= TOLERANCE
     print(f"{CHECK_STEPS} steps: the loss {'matches' if same else 'does not match'} training.json: "
@@ -227,6 +228,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: this script's)")
     parser.add_argument("--train", action="store_true", help="also train the base")
     parser.add_argument("--check", action="store_true", help="train its first steps and compare")
+    parser.add_argument("--shape", type=int, nargs=3, metavar=tuple(SHAPE), default=SHAPE.values(),
+                        help="of the base that --train makes (default: that of the base here)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -234,7 +237,7 @@ def main() -> None:
     if arguments.check and not check(training, tokenizer):
         sys.exit(1)
     if arguments.train:
-        train_base(arguments.out, training, held_out, tokenizer)
+        train_base(arguments.out, dict(zip(SHAPE, arguments.shape, strict=True)), training, held_out, tokenizer)
 
 
 if __name__ == "__main__":
