@@ -425,7 +425,7 @@ def test_compiled_for_three_gpus_without_one() -> None:
         assert one["stack"] == 0 and one["registers"] <= 255 and one["shared"] <= one["limit"], one
         if one["kernel"] not in without_products:
             assert one["wgmma" if one["cc"] == 90 else "mma"] > 0, one
-        if one["kernel"] in ("shrink_kernel", "expand_kernel"):
+        if one["kernel"] in ("shrink_kernel", "expand_kernel") and one["options"]["num_stages"] > 2:
             assert max(one["waits"]) >= 2, one  # groups of loads that are on their way while a product runs
         if one["kernel"] == "persistent_kernel":
             assert one["descriptors"] > 0, one

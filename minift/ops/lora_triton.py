@@ -48,13 +48,12 @@ def shrink(x: Tensor, A: Tensor, c: float, dropout: float, seed: Tensor | None, 
     with zeros in the padding."""
     M, K = x.shape
     J = len(A)
-    BM = 32 if x.dtype == torch.float32 else 64
     BJ = rank_tile(J, x.dtype)
-    if x.dtype == torch.float32:
-        tiles = dict(BM=BM, BK=32, BJ=BJ, num_warps=8, num_stages=2)
+    if x.dtype == torch.float32 or K % 16:  # as in gemm_tiles, such a K takes registers for addresses
+        tiles = dict(BM=32, BK=32, BJ=BJ, num_warps=8, num_stages=2)
     else:
-        tiles = dict(BM=BM, BK=64, BJ=BJ, num_warps=4, num_stages=5)
-    tiles_m, tiles_j = triton.cdiv(M, BM), triton.cdiv(J, BJ)
+        tiles = dict(BM=64, BK=64, BJ=BJ, num_warps=4, num_stages=5)
+    tiles_m, tiles_j = triton.cdiv(M, tiles["BM"]), triton.cdiv(J, BJ)
     length = split_length(gpu_of(x.device), K, tiles["BK"], tiles_m * tiles_j)
     splits = triton.cdiv(K, length)
     in_parts = splits > 1 or x_copy is not None  # sum_kernel is the one that writes h into x_copy

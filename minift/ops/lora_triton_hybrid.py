@@ -28,7 +28,7 @@ def augment(weight: Tensor, B: Tensor, offsets: tuple[int, ...], width: int) -> 
     """
     N, K = weight.shape
     wide = weight.new_empty(N, width)
-    BN, BK = 32, 128
+    BN, BK = 32, 64 if K % 16 else 128  # as in `shrink`
     augment_kernel[(triton.cdiv(N, BN), triton.cdiv(width, BK))](
         weight, B,
         wide,
