@@ -222,7 +222,7 @@ run_script(train.main)
 
 def test_two_processes_search_as_one(common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a trial that fails on every rank, one that stops on every rank, and a repetition."""
-    options = [*common, "--mode", "full", "--lr", "1e30,1e-2,1e-4", "--eval-every", 1, "--seeds", 2]
+    options = [*common, "--mode", "full", "--lr", "1e30,1e-3,1e-5", "--eval-every", 1, "--seeds", 2]
     monkeypatch.setattr(trials, "BEHIND", 1.01)
     trained(*options, "--out", tmp_path / "one")
     (tmp_path / "near.py").write_text(NEAR)
@@ -231,7 +231,7 @@ def test_two_processes_search_as_one(common: list[str], tmp_path: Path, monkeypa
     here, there = ([json.loads(line) for line in (tmp_path / name / "trials.jsonl").read_text().splitlines()]
                    for name in ("one", "two"))
     assert [line["chosen"] for line in here] == [line["chosen"] for line in there] == [False, True, False]
-    assert here[2]["stopped"] == there[2]["stopped"] == "at step 2, behind lr 0.01"
+    assert here[2]["stopped"] == there[2]["stopped"] == "at step 2, behind lr 0.001"
     losses = [[line["val_loss"] for line in lines] for lines in (here, there)]
     assert losses[0][0] is losses[1][0] is None
     assert losses[0][1:] == pytest.approx(losses[1][1:], abs=1e-4)
