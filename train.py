@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
     configs = configuration.parse(arguments, __doc__)
     options, is_comparison = configs[0].train, len(configs) > 1
     ops.plain = options.ops == "plain"
-    configure_process()
+    configure_process(expected_trainings(configs)[0])
     if options.plan:
         print(plan.report(configs))
         return
