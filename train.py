@@ -56,6 +56,7 @@ from minift.progress import bad_step, check_learned, init_or_resume, run_metadat
 from minift.report import compare, metrics, test_rows
 from minift.report.display import Display, TrainingView
 from minift.report.result import make_result, progress_facts, scores_line, summary
+from minift.report.trials_table import trials_table
 from minift.run import config as configuration
 from minift.run.config import Config, TrainOptions
 from minift.run.extend import extend, how_to_extend
@@ -81,7 +82,6 @@ from minift.trials import (
     expected_trials,
     has_all_seeds,
     repetitions,
-    trials_table,
 )
 
 Rows = dict[str, Examples]  # {"train": ..., "val": ..., "test": ...}
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
     configs = configuration.parse(arguments, __doc__)
     options, is_comparison = configs[0].train, len(configs) > 1
     ops.plain = options.ops == "plain"
-    configure_process()
+    configure_process(expected_trainings(configs)[0])
     if options.plan:
         print(plan.report(configs))
         return
@@ -240,7 +240,7 @@ def search(config: Config, task: Task, folder: Path) -> Config:
     chosen = trials.keep_best()
     task.display.expect(len(trials.lines) - expected_trials(config))
     if trials.lines:
-        print("\n" + trials_table(trials.lines))
+        print("\n" + trials_table([(config.mode, line) for line in trials.lines]))
     return chosen
 
 
@@ -315,7 +315,7 @@ def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
     model.train()
     with StopSignals() as signals, MetricsLog(folder, progress.step) as log, view:
         if progress.step == 0:  # the start is the first candidate for the best parameters
-            val_loss = validate(model, rows["val"], options, folder, metadata, progress)
+            val_loss = validate(model, rows["val"], config, folder, metadata, progress)
             log.write(step=0, train_loss=None, val_loss=val_loss)
             view.validation(progress, val_loss)
         for micro_batches in iterate_steps(rows["train"], options, progress.step):
@@ -345,7 +345,7 @@ def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
                 view.step(progress, loss, step.lr)
 
             if validates:
-                val_loss = validate(model, rows["val"], options, folder, metadata, progress)
+                val_loss = validate(model, rows["val"], config, folder, metadata, progress)
                 log.write(step=progress.step, train_loss=progress.train_loss, val_loss=val_loss)
                 view.validation(progress, val_loss, lr)
             if validates or stop:

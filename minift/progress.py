@@ -16,7 +16,7 @@ from minift.files.checkpoint import LAST, TUNED, Progress
 from minift.files.weights import Base
 from minift.model.gpt import GPT
 from minift.report import metrics
-from minift.run.config import Config, TrainOptions
+from minift.run.config import Config
 from minift.run.extend import how_to_extend, undo_early_stop
 from minift.training import MicroBatches, add_gradients, learning_rate, total_steps
 
@@ -53,7 +53,7 @@ def init_or_resume(model: GPT, config: Config, rows: dict[str, Examples], folder
         print(f"{folder / TUNED} is missing or damaged: the best parameters, of step {progress.best_step}, are lost; "
               f"those of step {progress.step} replace them")
         progress.best_val_loss = progress.best_after_start = math.inf
-        validate(model, rows["val"], options, folder, metadata, progress)
+        validate(model, rows["val"], config, folder, metadata, progress)
     steps = total_steps(len(rows["train"]), options)
     if options.resume and (progress.step >= steps or progress.early_stopped):
         print(how_to_extend(config))
@@ -62,11 +62,12 @@ def init_or_resume(model: GPT, config: Config, rows: dict[str, Examples], folder
     return progress
 
 
-def validate(model: GPT, val_rows: Examples, options: TrainOptions, folder: Path, metadata: dict[str, str],
+def validate(model: GPT, val_rows: Examples, config: Config, folder: Path, metadata: dict[str, str],
              progress: Progress) -> float | None:
     """The validation loss in nats per target. Saves the parameters if the loss is the best so far, decides on early
     stopping, and notes the peak of the memory. Without validation rows there is no loss (None), and the latest
     parameters are saved."""
+    options = config.train
     give_back_memory()  # the holes that the steps left, and at the end those of the validation
     val_loss = metrics.measure_losses(model, val_rows, options.batch)["loss"] if val_rows else None
     if val_loss is not None and not math.isfinite(val_loss):
@@ -86,11 +87,16 @@ def validate(model: GPT, val_rows: Examples, options: TrainOptions, folder: Path
         progress.evals_since_best += 1
         if val_loss < progress.best_after_start:
             progress.best_after_start, progress.evals_since_best = val_loss, 0
-        progress.early_stopped = 0 < options.patience <= progress.evals_since_best
+        progress.early_stopped = 0 < options.patience <= progress.evals_since_best or is_behind(config, progress)
     peak = peak_memory(choose_device(options.device)) or 0
     progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak)  # a process before this one may have had more
     give_back_memory()
     return val_loss
+
+
+def is_behind(config: Config, progress: Progress) -> bool:
+    """Whether a trial stops at this step, since another one was much better there."""
+    return progress.best_val_loss > config.stop_losses.get(progress.step, math.inf)
 
 
 def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, step: int, folder: Path, seed: int,

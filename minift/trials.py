@@ -1,7 +1,8 @@
 """Searches and repetitions: the runs that train.py makes of one configuration.
 
 A search (--lr 1e-4,1e-3, --lr auto, --rank 4,8) has trials, in RUN/trials/. The one with the lowest validation loss
-becomes the run. A repetition (--seeds) is the same run with another seed, in RUN/seed-N/.
+becomes the run. A trial that is far behind the best one before it stops early, see `stop_losses`. A repetition
+(--seeds) is the same run with another seed, in RUN/seed-N/.
 """
 
 import json
@@ -19,11 +20,14 @@ from minift.distributed import broadcast, is_main
 from minift.errors import TrainingFailed, UserError
 from minift.files.atomic import write_text
 from minift.files.checkpoint import LAST, TUNED, Progress
-from minift.report.table import table
+from minift.progress import is_behind
+from minift.report.trials_table import option_words
 from minift.run import config as configuration
 from minift.run.config import AUTO, Config
-from minift.run.folder import TRIALS, read_trials
+from minift.run.folder import TRIALS, read_metrics, read_trials
 
+BEHIND = 3  # a trial stops if it is so many times as far from the best trial's loss as that trial was at the same step
+STOP_FROM, STOP_TO = 0.25, 0.6  # in this part of its steps alone
 FURTHER = 4  # the most rates that --lr auto tries beside the first three
 NICE = (1, 2, 3, 5, 7, 10)  # the digits of a rate of --lr auto
 # the scores of which --seeds gives mean and standard deviation
@@ -35,6 +39,7 @@ class Trial(NamedTuple):
     config: Config
     folder: Path
     options: dict[str, Any]  # those of the search
+    rival: dict[str, Any] | None  # the line of the trial that it is compared with while it trains
 
 
 class Trials:
@@ -64,10 +69,27 @@ class Trials:
     def make_trial(self, options: dict[str, Any]) -> Trial:
         """A trial is an ordinary run in a folder of its own."""
         config = self.config.with_options(options, "trial")
-        config = replace(config, train=replace(config.train, resume=None, seeds=1), search={}, part=words(options))
+        rival = self.rival_of(options)
+        config = replace(config, train=replace(config.train, resume=None, seeds=1), search={}, part=words(options),
+                         stop_losses=broadcast(lambda: self.read_stop_losses(rival)))
         folder = self.folder_of(options)
         configuration.save(folder, config)
-        return Trial(config, folder, options)
+        return Trial(config, folder, options, rival)
+
+    def rival_of(self, options: dict[str, Any]) -> dict[str, Any] | None:
+        """The best trial so far; for --lr auto, of those that differ in the rate alone, as they decide on the next
+        rates."""
+        others = [name for name in options if name != "lr"]
+        lines = self.lines
+        if self.config.search.get("lr") == AUTO:
+            lines = [line for line in lines if all(line["options"][name] == options[name] for name in others)]
+        return best_of(lines)
+
+    def read_stop_losses(self, rival: dict[str, Any] | None) -> dict[int, float]:
+        if rival is None or self.config.train.patience == 0:
+            return {}
+        lines = read_metrics(self.folder_of(rival["options"]))
+        return stop_losses(rival, {line["step"]: line["val_loss"] for line in lines if "val_loss" in line})
 
     def folder_of(self, options: dict[str, Any]) -> Path:
         return self.folder / "trials" / words(options).replace(", ", "-").replace(" ", "-")
@@ -77,23 +99,26 @@ class Trials:
 
     def tell(self, progress: Progress) -> str:
         """Note the outcome of the current trial, and return it in words."""
-        self.add_line(progress.step, progress.best_step, progress.best_val_loss)
-        return f"validation loss {progress.best_val_loss:.4f} at step {progress.best_step} of {progress.step}"
+        outcome = {"steps": progress.step, "best_step": progress.best_step, "val_loss": progress.best_val_loss}
+        if not is_behind(self.trial.config, progress):
+            self.add_line(outcome)
+            return f"validation loss {progress.best_val_loss:.4f} at step {progress.best_step} of {progress.step}"
+        stopped = f"at step {progress.step}, behind {option_words(self.trial.rival['options'])}"
+        self.add_line(outcome | {"stopped": stopped})
+        return f"stopped {stopped}, with validation loss {progress.best_val_loss:.4f}"
 
     def tell_failure(self, error: TrainingFailed) -> str:
         failure = str(error).partition(";")[0]  # the rest is about the trial's files, which are not kept
-        self.add_line(None, None, None, failure)
+        self.add_line({"steps": None, "best_step": None, "val_loss": None, "failure": failure})
         return f"failed: {failure}"
 
-    def add_line(self, steps: int | None, best_step: int | None, val_loss: float | None, failure: str = "") -> None:
-        line = {"mode": self.config.mode, "options": self.trial.options, "steps": steps, "best_step": best_step,
-                "val_loss": val_loss, "seconds": time.perf_counter() - self.began, "chosen": False}
-        if failure:
-            line["failure"] = failure
+    def add_line(self, outcome: dict[str, Any]) -> None:
+        line = {"mode": self.config.mode, "options": self.trial.options, "seconds": time.perf_counter() - self.began,
+                "chosen": False} | outcome
         # rank 0's, as decisions follow from the lines
         self.lines.append(broadcast(lambda: line))
         self.write()
-        best = self.best()
+        best = best_of(self.lines)
         for other in self.lines:
             if other is not best:
                 remove_tensors(self.folder_of(other["options"]))
@@ -101,16 +126,12 @@ class Trials:
     def write(self) -> None:
         write_text(self.folder / TRIALS, "".join(json.dumps(line) + "\n" for line in self.lines))
 
-    def best(self) -> dict[str, Any] | None:
-        """Of equal losses, the first trial."""
-        return min((line for line in self.lines if line["val_loss"] is not None), key=loss_of, default=None)
-
     def keep_best(self) -> Config:
         """Choose the trial with the lowest validation loss. Its files become the run's own. Raises UserError if all
         trials failed."""
         if not self.config.search:
             return self.config
-        best = self.best()
+        best = best_of(self.lines)
         if best is None:
             raise UserError(f"every trial failed, the last one so: {self.lines[-1]['failure']}; give other values")
         if not self.chosen():
@@ -166,6 +187,26 @@ class Trials:
                 yield at(high)
 
 
+def best_of(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The trial with the lowest validation loss, of equal ones the first; None if all failed."""
+    return min((line for line in lines if line["val_loss"] is not None), key=loss_of, default=None)
+
+
+def stop_losses(rival: dict[str, Any], val_losses: dict[int, float]) -> dict[int, float]:
+    """{step: the loss above which another trial stops there}, from the rival's validation loss at each step.
+
+    A trial stops between a quarter and 60 % of its steps if its best loss so far is more than three times as far above
+    the rival's end as the rival was at the same step. Low rates and high ones are both behind early, up to twice as
+    far, and may still win; so may any rate where the rival overfits, that is, was best before its end: then no trial
+    stops. To stop what is clearly worse at the same step is the idea of Golovin et al. 2017 (Vizier), section 3.2.
+    """
+    end, steps = rival["val_loss"], rival["steps"]
+    if rival["best_step"] < steps:
+        return {}
+    return {step: end + BEHIND * (loss - end) for step, loss in val_losses.items()
+            if STOP_FROM * steps <= step <= STOP_TO * steps}
+
+
 def words(options: dict[str, Any]) -> str:
     """lr 0.001, rank 8."""
     return ", ".join(f"{name} {value}" for name, value in options.items())
@@ -186,16 +227,6 @@ def remove_tensors(folder: Path) -> None:
     if is_main():
         for name in (TUNED, LAST):
             (folder / name).unlink(missing_ok=True)
-
-
-def trials_table(lines: list[dict[str, Any]]) -> str:
-    """A row for each trial."""
-    rows = [line | line["options"] | {"chosen": "yes" if line["chosen"] else ""} for line in lines]
-    names = lines[0]["options"]
-    columns = {"mode": ("mode", str)} | {name: (name, "{:g}".format) for name in names}
-    columns |= {"steps": ("steps", str), "best_step": ("best step", str), "val_loss": ("val loss", "{:.4f}".format),
-                "chosen": ("chosen", str)}
-    return table(rows, columns)
 
 
 def expected_trainings(configs: list[Config]) -> tuple[int, bool]:

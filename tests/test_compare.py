@@ -245,6 +245,11 @@ def test_the_trials_of_a_search(tmp_path):
     rows = [dict(cells(text, "a", number)) for number in (2, 3, 4)]
     assert [row["options"] for row in rows] == ["lr 0.001, rank 4", "lr 0.01, rank 4", "lr 0.01, rank 8"]
     assert [row["chosen"] for row in rows] == ["", "yes", ""] and rows[2]["val loss"] == "-"
+    assert "stopped" not in rows[0]
+    stopped = TRIALS[0] | {"steps": 4, "stopped": "at step 4, behind lr 0.01, rank 4"}
+    (folder / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in [stopped, *TRIALS[1:]]))
+    text = compare.compare_runs([folder])
+    assert [dict(cells(text, "a", number))["stopped"] for number in (2, 3)] == [stopped["stopped"], "-"]
 
 
 def test_the_figures_of_other_commands_are_shown_where_a_run_has_them(tmp_path):

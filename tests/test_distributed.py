@@ -24,7 +24,7 @@ from scripts import (
     write_pairs,
 )
 
-from minift import distributed
+from minift import distributed, trials
 from minift.files import safetensors
 
 # 26 rows in batches of 5, two a step: the last batch of an epoch is one row, and a process has none of it
@@ -208,15 +208,30 @@ def test_sharding_needs_processes(common: list[str], tmp_path: Path) -> None:
     assert ended.code == 2 and "torchrun" in ended.err and not (tmp_path / "x").exists()
 
 
-def test_two_processes_search_as_one(common: list[str], tmp_path: Path) -> None:
-    """With a trial that fails on every rank, and a repetition."""
-    options = [*common, "--mode", "full", "--lr", "1e30,1e-3,1e-4", "--seeds", 2]
+# train.py, which stops trials that are hardly behind
+NEAR = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from minift import trials
+from minift.errors import run_script
+trials.BEHIND = 1.01
+run_script(train.main)
+"""
+
+
+def test_two_processes_search_as_one(common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a trial that fails on every rank, one that stops on every rank, and a repetition."""
+    options = [*common, "--mode", "full", "--lr", "1e30,1e-3,1e-5", "--eval-every", 1, "--seeds", 2]
+    monkeypatch.setattr(trials, "BEHIND", 1.01)
     trained(*options, "--out", tmp_path / "one")
-    ended = torchrun(tmp_path, *options, "--out", tmp_path / "two")
+    (tmp_path / "near.py").write_text(NEAR)
+    ended = torchrun(tmp_path, *options, "--out", tmp_path / "two", program=tmp_path / "near.py")
     assert ended.code == 0 and ended.err == ""
     here, there = ([json.loads(line) for line in (tmp_path / name / "trials.jsonl").read_text().splitlines()]
                    for name in ("one", "two"))
-    assert [line["chosen"] for line in here] == [line["chosen"] for line in there]
+    assert [line["chosen"] for line in here] == [line["chosen"] for line in there] == [False, True, False]
+    assert here[2]["stopped"] == there[2]["stopped"] == "at step 2, behind lr 0.001"
     losses = [[line["val_loss"] for line in lines] for lines in (here, there)]
     assert losses[0][0] is losses[1][0] is None
     assert losses[0][1:] == pytest.approx(losses[1][1:], abs=1e-4)

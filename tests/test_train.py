@@ -40,6 +40,7 @@ from minift.report import metrics, plot
 from minift.report.findings import troubles
 from minift.report.groups import Group
 from minift.report.runs import Run
+from minift.run import config as configuration
 from minift.run.config import TrainOptions
 from minift.training import iterate_steps, learning_rate, make_optimizer, train_step
 
@@ -497,10 +498,11 @@ def test_early_stopping_does_not_count_the_start(
     """Worse than the start but better each time: a run may beat it when the learning rate has come down."""
     losses = iter([1.0, 2.0, 1.9, 1.8, 1.85, 1.8])
     monkeypatch.setattr(metrics, "measure_losses", lambda *_: {"loss": next(losses)})
-    model, options, progress = make_gpt().requires_grad_(True), TrainOptions(patience=2), Progress()
+    [config] = configuration.parse(["--patience", "2"], "")
+    model, progress = make_gpt().requires_grad_(True), Progress()
     for step, stopped in enumerate([False, False, False, False, False, True]):
         progress.step = step
-        script.validate(model, [example([1, 96], 1, "x:1")], options, tmp_path, {}, progress)
+        script.validate(model, [example([1, 96], 1, "x:1")], config, tmp_path, {}, progress)
         assert progress.early_stopped == stopped and progress.best_step == 0 and progress.best_val_loss == 1.0
 
 

@@ -29,9 +29,10 @@ from scripts import (
     write_pairs,
 )
 
-from minift import modes, plan, trials
+from minift import device, modes, plan, trials
 from minift.errors import TrainingFailed
 from minift.files.checkpoint import Progress
+from minift.progress import is_behind
 from minift.report import metrics as report_metrics
 from minift.report.display import Display
 from minift.report.result import steady_speed
@@ -64,6 +65,7 @@ def test_the_best_validation_loss_is_kept_and_scored_once(
 ) -> None:
     """Each rate alone says which one is the best: the search ends in the same run, bit for bit."""
     rates = (1e-4, 2e-2, 1e-3)
+    common = [*common, "--patience", 0]  # no trial stops
     for rate in rates:
         trained(*common, "--lr", rate, "--out", tmp_path / str(rate))
     losses = [json_of(tmp_path / str(rate) / "result.json")["best_val_loss"] for rate in rates]
@@ -89,7 +91,7 @@ def test_the_best_validation_loss_is_kept_and_scored_once(
     assert len(re.findall(r"^run \d of 3: lora lr .*: validation loss", out, re.M)) == 3
     assert "step 2/6" not in out  # a trial has one line
     table = [re.split(r" *\| *", line)[1:-1] for line in out.splitlines() if line.startswith("| lora")]
-    assert [(float(row[1]), row[-1]) for row in table] == [(r, "yes" if r == best else "") for r in rates]
+    assert [(row[1], row[-1]) for row in table] == [(f"lr {r:g}", "yes" if r == best else "") for r in rates]
     assert evaluate(tmp_path / "x", "--prompt", "1: lunch =", "--max-new-tokens", 2).code == 0
 
 
@@ -127,6 +129,7 @@ def run_search(config: Config, folder: Path, loss: Callable[..., float | None]) 
     trials, tried = Trials(config, folder), []
     while (trial := trials.next()) is not None:
         tried.append(trial.options)
+        (trial.folder / "metrics.jsonl").write_text("")
         value = loss(trial.options)
         if value is None:
             trials.tell_failure(TrainingFailed("step 1: the loss is nan"))
@@ -177,10 +180,98 @@ def test_auto_has_rates_of_its_own_for_each_other_value(tmp_path: Path) -> None:
     assert [o["rank"] for o in tried] == [2, 2, 2, 4, 4, 4, 4, 4]
 
 
+# ---- trials that are far behind
+
+RIVAL = {"val_loss": 1.0, "best_step": 20, "steps": 20}
+CURVE = {step: 1 + (20 - step) / 10 for step in range(0, 21, 2)}
+
+
+def test_a_trial_may_be_three_times_as_far_behind_in_the_middle_of_its_steps() -> None:
+    limits = trials.stop_losses(RIVAL, CURVE)
+    assert limits == pytest.approx({step: 1 + 3 * (20 - step) / 10 for step in (6, 8, 10, 12)})
+    moved = trials.stop_losses(RIVAL | {"val_loss": 11.0}, {step: 10 + loss for step, loss in CURVE.items()})
+    assert moved == pytest.approx({step: 10 + limit for step, limit in limits.items()})  # only differences count
+    assert trials.stop_losses(RIVAL | {"best_step": 18}, CURVE) == {}  # the rival overfitted
+
+
+def curve(rate: float, step: int) -> float:
+    """A made-up validation loss of 20 steps: low rates are slow, high ones are noisy until the schedule ends."""
+    return 1 + 4 * math.exp(-rate * step) + rate**2 * (1 + 3 * math.cos(math.pi * step / 40))
+
+
+def train_by_curve(config: Config, folder: Path) -> list[dict[str, Any]]:
+    """The lines of a search for the rate, times 1000, whose trainings follow `curve`."""
+    search = Trials(config, folder)
+    while (trial := search.next()) is not None:
+        progress = Progress()
+        with open(trial.folder / "metrics.jsonl", "w") as file:
+            while progress.step < 20 and not is_behind(trial.config, progress):
+                progress.step += 2
+                loss = curve(1000 * trial.options["lr"], progress.step)
+                file.write(json.dumps({"step": progress.step, "val_loss": loss}) + "\n")
+                if loss < progress.best_val_loss:
+                    progress.best_val_loss, progress.best_step = loss, progress.step
+        search.tell(progress)
+    search.keep_best()
+    return trials_of(folder)
+
+
+@pytest.mark.parametrize("rates", ["0.3e-3,1e-4,1e-3,3e-5", "3e-5,1e-4,0.3e-3,1e-3", "auto"])
+def test_trials_stop_and_the_choice_stays(tmp_path: Path, rates: str, default_rate: None) -> None:
+    lists = ["--lr", rates]
+    whole = train_by_curve(auto(tmp_path / "whole", *lists, "--patience", "0"), tmp_path / "whole")
+    lines = train_by_curve(auto(tmp_path / "x", *lists), tmp_path / "x")
+    assert [line["options"] for line in lines] == [line["options"] for line in whole]
+    assert [line["chosen"] for line in lines] == [line["chosen"] for line in whole]
+    assert {line["steps"] for line in whole} == {20} and not any("stopped" in line for line in whole)
+    finished: list[dict[str, Any]] = []
+    for line in lines:
+        rival = trials.best_of(finished)
+        limits = {} if rival is None else trials.stop_losses(
+            rival, {step: curve(1000 * rival["options"]["lr"], step) for step in range(2, 21, 2)})
+        losses = {step: curve(1000 * line["options"]["lr"], step) for step in range(2, 21, 2)}
+        behind = [step for step, limit in limits.items() if min(losses[s] for s in losses if s <= step) > limit]
+        assert line["steps"] == min(behind, default=20)
+        if behind:
+            assert line["stopped"] == f"at step {behind[0]}, behind lr {rival['options']['lr']:g}"
+        finished.append(line)
+    assert any("stopped" in line for line in lines)
+
+
+@pytest.mark.usefixtures("default_rate")
+def test_auto_compares_rates_of_the_same_other_options(tmp_path: Path) -> None:
+    """Between others a stopped trial would say too little about the next rate."""
+    search, rivals = Trials(auto(tmp_path, "--rank", "2,4"), tmp_path), []
+    while (trial := search.next()) is not None:
+        rivals.append(trial.rival and trial.rival["options"])
+        (trial.folder / "metrics.jsonl").write_text("")
+        search.tell(Progress(step=5, best_step=5, best_val_loss=trial.options["rank"] + trial.options["lr"]))
+    assert rivals[0] is None and next(rival for rival in rivals if rival and rival["rank"] == 4) == {
+        "lr": 1e-3, "rank": 4}
+    search = Trials(auto(tmp_path / "lists", "--rank", "2,4", "--lr", "1e-3,1e-2"), tmp_path / "lists")
+    while (trial := search.next()) is not None:
+        last = trial.rival
+        (trial.folder / "metrics.jsonl").write_text("")
+        search.tell(Progress(step=5, best_step=5, best_val_loss=trial.options["rank"] + trial.options["lr"]))
+    assert last["options"] == {"lr": 1e-3, "rank": 2}  # of lists the best of all trials
+
+
+def test_a_stopped_trial_is_named(searched: Path) -> None:
+    first, best, stopped = trials_of(searched)
+    assert best["chosen"] and "stopped" not in first | best and (first["steps"], best["steps"]) == (STEPS, STEPS)
+    assert (stopped["steps"], stopped["stopped"]) == (2, "at step 2, behind lr 0.02")
+    losses = {line["step"]: line["val_loss"] for line in metrics(searched) if "val_loss" in line}
+    low = [line["val_loss"] for line in metrics(searched / "trials" / "lr-0.0001") if "val_loss" in line]
+    assert stopped["val_loss"] == min(low) and (losses[2] - losses[6]) * 3 < min(low) - losses[6]
+    assert len(low) == 2 and stopped["val_loss"] > best["val_loss"]
+
+
 # ---- resuming
 
-@pytest.mark.parametrize("stops", [(STEPS + 3,), (STEPS,), (STEPS + 3, 1), (3 * STEPS + 2,), (3 * STEPS + 6,)],
-                         ids=["in a trial", "between trials", "twice", "in a repetition", "after a repetition"])
+@pytest.mark.parametrize("stops", [(STEPS + 3,), (STEPS,), (STEPS + 3, 1), (2 * STEPS + 1,), (2 * STEPS + 2,),
+                                   (2 * STEPS + 4,), (3 * STEPS + 2,)],
+                         ids=["in a trial", "between trials", "twice", "before a trial stops", "where a trial stops",
+                              "in a repetition", "after a repetition"])
 def test_a_search_resumes_as_one_run(
     common: list[Any], searched: Path, tmp_path: Path, stops: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,11 +283,12 @@ def test_a_search_resumes_as_one_run(
         assert ended.code == 143 and f"--resume {tmp_path / 'x'} continues from there" in ended.out
         command = ["--resume", tmp_path / "x"]
     out = trained(*command)
+    assert ("stopped at step 2, behind lr 0.02, with validation loss" in out) == (stops[0] < 2 * STEPS + 4)
     assert trials_of(tmp_path / "x") == trials_of(searched)
     for name in ("", "seed-1"):
         assert_same_run(searched / name, tmp_path / "x" / name)
     assert set(files(searched)) == set(files(tmp_path / "x"))
-    if stops == (3 * STEPS + 2,):
+    if stops == (2 * STEPS + 4,):
         assert ": validation loss" not in out  # no trial is repeated
 
 
@@ -419,6 +511,15 @@ def test_the_steady_speed_leaves_the_first_steps_out(common: list[Any], tmp_path
         sum(line["tokens"] for line in steps[4:]) / sum(line["seconds"] for line in steps[4:]))
     assert result["tokens_per_second"] == pytest.approx(
         sum(line["tokens"] for line in steps) / sum(line["seconds"] for line in steps))
+
+
+@pytest.mark.parametrize("trainings, kept", [(1, "256"), (2, "1024")])
+def test_several_trainings_keep_more_compiled_shapes(
+    trainings: int, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device.os, "environ", {})
+    device.configure_process(trainings)
+    assert device.os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kept
 
 
 def test_help_says_which_flags_take_a_list() -> None:

@@ -17,6 +17,7 @@ from minift.report.groups import Group, group_runs
 from minift.report.runs import NEEDED, Run, find_runs, load_result, load_run
 from minift.report.sizes import of_several_sizes, size_table
 from minift.report.table import Columns, format_bytes, table
+from minift.report.trials_table import option_words, trials_table
 
 four_digits = "{:.4f}".format
 percent = "{:.1%}".format
@@ -56,14 +57,6 @@ QUALITY: Columns = {
     "unsupported_interval": ("95 %", percent_interval),
     "forgetting": ("forgetting", "{:+.4f}".format),
     "forgetting_std": ("std", four_digits),
-}
-TRIALS: Columns = {
-    "run": ("mode", str),
-    "options": ("options", str),
-    "steps": ("steps", str),
-    "best_step": ("best step", str),
-    "val_loss": ("val loss", four_digits),
-    "chosen": ("chosen", str),
 }
 LEGEND = ("Losses are in nats per target token. ROUGE-L compares words, exact is the share of completions equal to "
           "their reference; both ignore white space at the ends.")
@@ -142,8 +135,8 @@ def write_markdown(folder: Path, runs: list[Run], groups: list[Group], found: li
     if any(in_use):
         rows = [name | values for name, values in zip(names, in_use, strict=True)]
         parts.append(short_table(rows, heading, use.COLUMNS))
-    if trials := [trial_row(run, trial) for run in runs for trial in run.trials]:
-        parts.append(table(trials, TRIALS))
+    if trials := [(run.name, trial) for run in runs for trial in run.trials]:
+        parts.append(trials_table(trials))
     if of_several_sizes(runs):
         parts.append(size_table(runs))
     sentences = [finding.sentence for finding in found] + notes(runs, groups)
@@ -159,12 +152,6 @@ def chosen_options(run: Run) -> str | None:
     return option_words({name: value for name, value in chosen["options"].items() if name != "lr"}) or None
 
 
-def option_words(options: dict[str, Any]) -> str:
-    """lr 0.001, rank 8"""
-    return ", ".join(f"{name.replace('_', '-')} {value:g}" if isinstance(value, float) else
-                     f"{name.replace('_', '-')} {value}" for name, value in options.items())
-
-
 def base_row(group: Group, is_named: bool) -> dict[str, Any]:
     """The scores of the base of a group, by the names of a run's scores."""
     run = group.runs[0]
@@ -173,11 +160,6 @@ def base_row(group: Group, is_named: bool) -> dict[str, Any]:
         if name.startswith("base_"):
             row[name.removeprefix("base_")] = value
     return row | {"name": f"base {run.base}" if is_named else "base"}
-
-
-def trial_row(run: Run, trial: dict[str, Any]) -> dict[str, Any]:
-    return trial | {"run": run.name, "options": option_words(trial["options"]),
-                    "chosen": "yes" if trial["chosen"] else ""}
 
 
 def short_table(rows: list[dict[str, Any]], heading: str, columns: Columns) -> str:

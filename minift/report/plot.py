@@ -48,7 +48,7 @@ def draw_runs(path: Path, folder: Path, runs: list[Run]) -> None:
     forgetting.set(title="forgetting against quality (bars: std, 95 %)", xlabel=quality_label,
                    ylabel="loss on general text, after - before, nats per token")
     for axes in trials:
-        axes.set(title="trials (ring: chosen)", xlabel="learning rate", xscale="log",
+        axes.set(title="trials (ring: chosen, cross: stopped early)", xlabel="learning rate", xscale="log",
                  ylabel="lowest validation loss, nats per target token")
         log_losses(axes)
     for axes in (losses, cost, forgetting, *trials):
@@ -86,6 +86,8 @@ def draw_trials(axes: Any, run: Run, style: dict[str, Any]) -> None:
         lines.setdefault(str(options), []).append((rate, loss))
         if trial["chosen"]:
             axes.plot(rate, loss, marker="o", markersize=14, markerfacecolor="none", color=style["color"])
+        if "stopped" in trial:
+            axes.plot(rate, loss, marker="x", markersize=10, color=style["color"])
     for points in lines.values():
         axes.plot(*zip(*sorted(points), strict=True), **style)
 
