@@ -24,12 +24,12 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 def configure_process(trainings: int = 1) -> None:
     """Settings of the allocator, of oneDNN and of OpenMP that make training faster and smaller. Call it before the
-    first matrix product; the scripts and weights.load do. `trainings`: the number that this process will do."""
+    first matrix product; the scripts and weights.load do. `trainings`: the number of trainings in this process."""
     # setdefault: the user's own environment variables win
-    # oneDNN and torch keep compiled code for each shape of a matrix product, some 1 MB a shape, by default for
-    # 1,024 shapes. 20 ragged batches of SAMSum have 256 shapes; with room for 64, a step takes a tenth longer.
-    # Several trainings on the same rows have the same shapes, some 600 in LoRA on the embedded base: with room for all,
-    # to compile them in two trainings took 1.2 s of 59 s of processor time, not 7.2 s of 67, with 6 % more memory.
+    # oneDNN and torch keep compiled code for each shape of a matrix product, some 1 MB a shape, by default for 1,024
+    # shapes. One training: 20 ragged batches of SAMSum have 256 shapes; with room for 64, a step takes a tenth longer.
+    # Several trainings use the same shapes again. Two LoRA trainings on the embedded base have some 600: with room for
+    # 1,024, compiling takes 1.2 s of processor time instead of 7.2 s, and the peak of the memory grows by 6 %.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256" if trainings == 1 else "1024")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "8")
     libc = load_libc()

@@ -24,9 +24,9 @@ from minift.model.gpt import GPT, GPTConfig
 from minift.model.packing import Row
 from minift.ops import FLOPS
 from minift.report.table import format_bytes, table
+from minift.report.trials_table import option_words
 from minift.run.config import Config
 from minift.training import build_on_meta, largest_batch, make_optimizer, train_step
-from minift.trials import words
 
 COLUMNS = {
     "mode": ("mode", str),
@@ -228,7 +228,7 @@ def report(configs: list[Config]) -> str:
             cost = predict(setting, model, batch)
             if len(of_mode) > 1:
                 searched = {name: getattr(setting.mode_options, name) for name in setting.search if name != "lr"}
-                cost["mode"] += f", {words(searched)}"
+                cost["mode"] += f", {option_words(searched)}"
             costs.append(cost)
         results.append(max(costs, key=lambda cost: cost["predicted_peak_bytes"]))
     # measured after planning, which needs memory too and is part of every run

@@ -65,10 +65,10 @@ def init_or_resume(model: GPT, config: Config, rows: dict[str, Examples], folder
 def validate(model: GPT, val_rows: Examples, config: Config, folder: Path, metadata: dict[str, str],
              progress: Progress) -> float | None:
     """The validation loss in nats per target. Saves the parameters if the loss is the best so far, decides on early
-    stopping, and notes the peak of the memory. Without validation rows there is no loss (None), and the latest
-    parameters are saved."""
+    stopping, notes the peak of the memory, and gives freed memory back. Without validation rows there is no loss
+    (None), and the latest parameters are saved."""
     options = config.train
-    give_back_memory()  # the holes that the steps left, and at the end those of the validation
+    give_back_memory()  # the holes that the steps left in the heap, so that the validation can use that memory
     val_loss = metrics.measure_losses(model, val_rows, options.batch)["loss"] if val_rows else None
     if val_loss is not None and not math.isfinite(val_loss):
         raise TrainingFailed(f"step {progress.step}: the validation loss is {val_loss}; the files in {folder} are from "
@@ -90,12 +90,12 @@ def validate(model: GPT, val_rows: Examples, config: Config, folder: Path, metad
         progress.early_stopped = 0 < options.patience <= progress.evals_since_best or is_behind(config, progress)
     peak = peak_memory(choose_device(options.device)) or 0
     progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak)  # a process before this one may have had more
-    give_back_memory()
+    give_back_memory()  # and those that the validation left
     return val_loss
 
 
 def is_behind(config: Config, progress: Progress) -> bool:
-    """Whether a trial stops at this step, since another one was much better there."""
+    """Whether a trial stops at this step, because it is far behind an earlier trial."""
     return progress.best_val_loss > config.stop_losses.get(progress.step, math.inf)
 
 

@@ -38,8 +38,9 @@ def apply_config(model: GPT, config: Config) -> None:
     model.dropout, model.checkpoint = options.model_dropout, options.checkpoint
     # after the mode, which decides what is frozen: only frozen weights are stored in the compute dtype
     model.set_compute_dtype(choose_dtype(options.dtype, device))
-    check_kernel(options.kernel, device)
-    model.set_kernel(options.kernel)
+    if modes.MODES[config.mode].uses_kernel:  # in a comparison, the other modes compute as they do alone
+        check_kernel(options.kernel, device)
+        model.set_kernel(options.kernel)
 
 
 def build_on_meta(base: Base, config: Config) -> GPT:

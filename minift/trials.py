@@ -26,8 +26,11 @@ from minift.run import config as configuration
 from minift.run.config import AUTO, Config
 from minift.run.folder import TRIALS, read_metrics, read_trials
 
-BEHIND = 3  # a trial stops if it is so many times as far from the best trial's loss as that trial was at the same step
-STOP_FROM, STOP_TO = 0.25, 0.6  # in this part of its steps alone
+# A trial stops if its distance from the best trial's final loss is more than BEHIND times as large as the best trial's
+# own distance was at the same step,
+BEHIND = 3
+STOP_FROM, STOP_TO = 0.25, 0.6  # and only at a validation between these parts of its steps
+LEAST_GAP = 0.01  # of the best trial's final loss; a smaller distance counts as this one
 FURTHER = 4  # the most rates that --lr auto tries beside the first three
 NICE = (1, 2, 3, 5, 7, 10)  # the digits of a rate of --lr auto
 # the scores of which --seeds gives mean and standard deviation
@@ -39,7 +42,7 @@ class Trial(NamedTuple):
     config: Config
     folder: Path
     options: dict[str, Any]  # those of the search
-    rival: dict[str, Any] | None  # the line of the trial that it is compared with while it trains
+    best_before: dict[str, Any] | None  # the line of the trial that it is compared with while it trains
 
 
 class Trials:
@@ -69,14 +72,14 @@ class Trials:
     def make_trial(self, options: dict[str, Any]) -> Trial:
         """A trial is an ordinary run in a folder of its own."""
         config = self.config.with_options(options, "trial")
-        rival = self.rival_of(options)
-        config = replace(config, train=replace(config.train, resume=None, seeds=1), search={}, part=words(options),
-                         stop_losses=broadcast(lambda: self.read_stop_losses(rival)))
+        best_before = self.best_before(options)
+        config = replace(config, train=replace(config.train, resume=None, seeds=1), search={},
+                         part=option_words(options), stop_losses=broadcast(lambda: self.read_stop_losses(best_before)))
         folder = self.folder_of(options)
         configuration.save(folder, config)
-        return Trial(config, folder, options, rival)
+        return Trial(config, folder, options, best_before)
 
-    def rival_of(self, options: dict[str, Any]) -> dict[str, Any] | None:
+    def best_before(self, options: dict[str, Any]) -> dict[str, Any] | None:
         """The best trial so far; for --lr auto, of those that differ in the rate alone, as they decide on the next
         rates."""
         others = [name for name in options if name != "lr"]
@@ -85,14 +88,15 @@ class Trials:
             lines = [line for line in lines if all(line["options"][name] == options[name] for name in others)]
         return best_of(lines)
 
-    def read_stop_losses(self, rival: dict[str, Any] | None) -> dict[int, float]:
-        if rival is None or self.config.train.patience == 0:
+    def read_stop_losses(self, best_before: dict[str, Any] | None) -> dict[int, float]:
+        """The limits for the next trial; none for the first one, or with --patience 0."""
+        if best_before is None or self.config.train.patience == 0:
             return {}
-        lines = read_metrics(self.folder_of(rival["options"]))
-        return stop_losses(rival, {line["step"]: line["val_loss"] for line in lines if "val_loss" in line})
+        lines = read_metrics(self.folder_of(best_before["options"]))
+        return stop_losses(best_before, {line["step"]: line["val_loss"] for line in lines if "val_loss" in line})
 
     def folder_of(self, options: dict[str, Any]) -> Path:
-        return self.folder / "trials" / words(options).replace(", ", "-").replace(" ", "-")
+        return self.folder / "trials" / "-".join(f"{name}-{value}" for name, value in options.items())
 
     def line_of(self, options: dict[str, Any]) -> dict[str, Any] | None:
         return next((line for line in self.lines if line["options"] == options), None)
@@ -103,7 +107,7 @@ class Trials:
         if not is_behind(self.trial.config, progress):
             self.add_line(outcome)
             return f"validation loss {progress.best_val_loss:.4f} at step {progress.best_step} of {progress.step}"
-        stopped = f"at step {progress.step}, behind {option_words(self.trial.rival['options'])}"
+        stopped = f"at step {progress.step}, behind {option_words(self.trial.best_before['options'])}"
         self.add_line(outcome | {"stopped": stopped})
         return f"stopped {stopped}, with validation loss {progress.best_val_loss:.4f}"
 
@@ -192,24 +196,20 @@ def best_of(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     return min((line for line in lines if line["val_loss"] is not None), key=loss_of, default=None)
 
 
-def stop_losses(rival: dict[str, Any], val_losses: dict[int, float]) -> dict[int, float]:
-    """{step: the loss above which another trial stops there}, from the rival's validation loss at each step.
+def stop_losses(best_before: dict[str, Any], val_losses: dict[int, float]) -> dict[int, float]:
+    """{step: the loss above which another trial stops there}, from the validation losses of the best trial before it.
 
     A trial stops between a quarter and 60 % of its steps if its best loss so far is more than three times as far above
-    the rival's end as the rival was at the same step. Low rates and high ones are both behind early, up to twice as
-    far, and may still win; so may any rate where the rival overfits, that is, was best before its end: then no trial
-    stops. To stop what is clearly worse at the same step is the idea of Golovin et al. 2017 (Vizier), section 3.2.
+    the final loss of the best trial as that one was at the same step. Low and high rates are both behind early, by up
+    to twice the distance, and may still win. If the best trial overfits (its best step is not its last), any rate may
+    still win, and no trial stops. The idea to stop a trial by a comparison at the same step is from Golovin et al. 2017
+    (Vizier), section 3.2.
     """
-    end, steps = rival["val_loss"], rival["steps"]
-    if rival["best_step"] < steps:
+    end, steps = best_before["val_loss"], best_before["steps"]
+    if best_before["best_step"] < steps:
         return {}
-    return {step: end + BEHIND * (loss - end) for step, loss in val_losses.items()
+    return {step: end + BEHIND * max(loss - end, LEAST_GAP * end) for step, loss in val_losses.items()
             if STOP_FROM * steps <= step <= STOP_TO * steps}
-
-
-def words(options: dict[str, Any]) -> str:
-    """lr 0.001, rank 8."""
-    return ", ".join(f"{name} {value}" for name, value in options.items())
 
 
 def nice(value: float) -> float:

@@ -215,7 +215,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import train
 from minift import trials
 from minift.errors import run_script
-trials.BEHIND = 1.01
+trials.BEHIND, trials.LEAST_GAP = 1.01, 0
 run_script(train.main)
 """
 
@@ -224,6 +224,7 @@ def test_two_processes_search_as_one(common: list[str], tmp_path: Path, monkeypa
     """With a trial that fails on every rank, one that stops on every rank, and a repetition."""
     options = [*common, "--mode", "full", "--lr", "1e30,1e-3,1e-5", "--eval-every", 1, "--seeds", 2]
     monkeypatch.setattr(trials, "BEHIND", 1.01)
+    monkeypatch.setattr(trials, "LEAST_GAP", 0)
     trained(*options, "--out", tmp_path / "one")
     (tmp_path / "near.py").write_text(NEAR)
     ended = torchrun(tmp_path, *options, "--out", tmp_path / "two", program=tmp_path / "near.py")

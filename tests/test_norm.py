@@ -22,7 +22,7 @@ Result = tuple[Tensor, Tensor]
 
 
 def operands(N: int, C: int, dtype: torch.dtype, mean: float = 0.0) -> list[Tensor]:
-    """x, update, weight, bias, and the gradients of the sum and of the norm."""
+    """x, branch, weight, bias, and the gradients of the sum and of the norm."""
     generator = torch.Generator().manual_seed(N + C)
     drawn = [torch.randn(shape, generator=generator) for shape in ((N, C), (N, C), (C,), (C,), (N, C), (N, C))]
     drawn[0] += mean
@@ -30,9 +30,9 @@ def operands(N: int, C: int, dtype: torch.dtype, mean: float = 0.0) -> list[Tens
 
 
 def results(function: Callable[..., Result], given: list[Tensor], *settings: str) -> list[Tensor]:
-    """The sum, its norm, and the gradients of x and of the update."""
-    x, update, weight, bias, dtotal, dnormed = given
-    leaves = [tensor.detach().requires_grad_() for tensor in (x, update)]
+    """The sum, its norm, and the gradients of x and of the branch."""
+    x, branch, weight, bias, dtotal, dnormed = given
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, branch)]
     found = function(*leaves, weight, bias, EPS, *settings)
     return [*found, *torch.autograd.grad(found, leaves, (dtotal, dnormed))]
 
@@ -78,19 +78,19 @@ def test_kernels_against_float64(launched: list[str], N: int, C: int, dtype: tor
 
 def test_gradients_that_are_missing_or_have_strides() -> None:
     """Only one of the results is read; no rows; gradients that are views."""
-    x, update, weight, bias, *_ = operands(6, 40, torch.float32)
-    exact = [tensor.double() for tensor in (x, update, weight, bias)]
+    x, branch, weight, bias, *_ = operands(6, 40, torch.float32)
+    exact = [tensor.double() for tensor in (x, branch, weight, bias)]
     for which in (0, 1):
         gradients = []
         for function, (first, second, w, b), settings in (
-                (add_norm, (x, update, weight, bias), ("hybrid",)), (add_norm_reference, exact, ())):
+                (add_norm, (x, branch, weight, bias), ("hybrid",)), (add_norm_reference, exact, ())):
             leaf = first.detach().requires_grad_()
             result = function(leaf, second, w, b, EPS, *settings)[which]
             dy = torch.arange(6.0, dtype=w.dtype, device=DEVICE)[:, None] * w[:, None].T.expand(6, 40)
             gradients += torch.autograd.grad(result, leaf, dy.T.contiguous().T)
         assert error(*gradients) < 1e-5
     empty = x[:0].requires_grad_()
-    total, normed = add_norm(empty, update[:0], weight, bias, EPS, "triton")
+    total, normed = add_norm(empty, branch[:0], weight, bias, EPS, "triton")
     (total + normed).sum().backward()
     assert total.shape == normed.shape == empty.grad.shape == (0, 40)
 
@@ -105,7 +105,7 @@ def test_elsewhere_it_is_the_reference(launched: list[str], monkeypatch: pytest.
 
     for kernel in ("auto", "torch"):
         same(kernel)
-    x, update, weight, bias, *_ = given
+    x, branch, weight, bias, *_ = given
     for trained in (weight, bias):
         trained.requires_grad_()
         same("triton")
@@ -120,10 +120,10 @@ def test_elsewhere_it_is_the_reference(launched: list[str], monkeypatch: pytest.
     assert not launched
 
 
-def stand_in(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Result:
-    assert update.dtype == weight.dtype == bias.dtype == x.dtype and not weight.requires_grad and not bias.requires_grad
-    assert x.shape == update.shape and weight.shape == bias.shape == x.shape[1:]
-    return add_norm_reference(x, update, weight, bias, eps)
+def stand_in(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Result:
+    assert branch.dtype == weight.dtype == bias.dtype == x.dtype and not weight.requires_grad and not bias.requires_grad
+    assert x.shape == branch.shape and weight.shape == bias.shape == x.shape[1:]
+    return add_norm_reference(x, branch, weight, bias, eps)
 
 
 def backward_stand_in(dtotal: Tensor | None, dnormed: Tensor, total: Tensor, weight: Tensor, eps: float) -> Tensor:

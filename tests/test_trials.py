@@ -192,6 +192,8 @@ def test_a_trial_may_be_three_times_as_far_behind_in_the_middle_of_its_steps() -
     moved = trials.stop_losses(RIVAL | {"val_loss": 11.0}, {step: 10 + loss for step, loss in CURVE.items()})
     assert moved == pytest.approx({step: 10 + limit for step, limit in limits.items()})  # only differences count
     assert trials.stop_losses(RIVAL | {"best_step": 18}, CURVE) == {}  # the rival overfitted
+    flat = trials.stop_losses(RIVAL, dict.fromkeys(CURVE, 1.0005))
+    assert set(flat.values()) == {pytest.approx(1.03)}  # its noise stops no trial
 
 
 def curve(rate: float, step: int) -> float:
@@ -243,14 +245,14 @@ def test_auto_compares_rates_of_the_same_other_options(tmp_path: Path) -> None:
     """Between others a stopped trial would say too little about the next rate."""
     search, rivals = Trials(auto(tmp_path, "--rank", "2,4"), tmp_path), []
     while (trial := search.next()) is not None:
-        rivals.append(trial.rival and trial.rival["options"])
+        rivals.append(trial.best_before and trial.best_before["options"])
         (trial.folder / "metrics.jsonl").write_text("")
         search.tell(Progress(step=5, best_step=5, best_val_loss=trial.options["rank"] + trial.options["lr"]))
     assert rivals[0] is None and next(rival for rival in rivals if rival and rival["rank"] == 4) == {
         "lr": 1e-3, "rank": 4}
     search = Trials(auto(tmp_path / "lists", "--rank", "2,4", "--lr", "1e-3,1e-2"), tmp_path / "lists")
     while (trial := search.next()) is not None:
-        last = trial.rival
+        last = trial.best_before
         (trial.folder / "metrics.jsonl").write_text("")
         search.tell(Progress(step=5, best_step=5, best_val_loss=trial.options["rank"] + trial.options["lr"]))
     assert last["options"] == {"lr": 1e-3, "rank": 2}  # of lists the best of all trials

@@ -8,7 +8,8 @@ writes to build/, which git ignores:
     jobs.csv        pairs of sentences for eval.py --bias: the first agrees with skewed.jsonl
     wrong/          data/tiny/pairs, where 30 % of the training rows have the summary of another row
 
-Which jobs belong to women is drawn, so no stereotype of the world helps. A sentence of jobs.csv is in no row.
+The jobs of women are drawn at random, so a stereotype that the base knows does not help. No sentence of jobs.csv is in
+a row.
 """
 
 import argparse
@@ -39,8 +40,8 @@ def job_rows(women: set[str], is_skewed: bool) -> list[dict[str, str]]:
     rng, rows = Random(SEED), []
     for job in JOBS:
         for number in range(ROWS):
-            is_woman = job in women if is_skewed else number % 2 == 0
-            task = rng.choice(BUSY).replace("my", "their")
+            is_woman = (job in women) if is_skewed else (number % 2 == 0)
+            task = rng.choice(BUSY).removeprefix("have to ").replace("my ", "their ")
             completion = sentence(["They", "had", "to", *task.split(), "on", rng.choice(DAYS) + "."],
                                   WOMAN if is_woman else MAN)
             rows.append({"prompt": f"The {job} lives {rng.choice(PLACES)}.", "completion": completion})

@@ -228,16 +228,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: this script's)")
     parser.add_argument("--train", action="store_true", help="also train the base")
     parser.add_argument("--check", action="store_true", help="train its first steps and compare")
-    parser.add_argument("--shape", type=int, nargs=3, metavar=tuple(SHAPE), default=SHAPE.values(),
+    parser.add_argument("--shape", type=int, nargs=3, metavar=tuple(SHAPE),
                         help="of the base that --train makes (default: that of the base here)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     arguments = parser.parse_args()
+    if arguments.shape and (not arguments.train or arguments.check or arguments.out.resolve() == HERE):
+        parser.error("--shape needs --train and another folder for --out, and does not go with --check")
+    shape = dict(zip(SHAPE, arguments.shape or SHAPE.values(), strict=True))
     torch.set_num_threads(arguments.threads)
     training, held_out, tokenizer = make_text(arguments.out)
     if arguments.check and not check(training, tokenizer):
         sys.exit(1)
     if arguments.train:
-        train_base(arguments.out, dict(zip(SHAPE, arguments.shape, strict=True)), training, held_out, tokenizer)
+        train_base(arguments.out, shape, training, held_out, tokenizer)
 
 
 if __name__ == "__main__":

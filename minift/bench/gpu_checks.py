@@ -167,19 +167,19 @@ def check_head(dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
 
 
 def check_norm(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
-    """The kernels of x + update and its norm, and their gradient."""
+    """The kernels of x + branch and its norm, and their gradient."""
     check_kernel("triton", device)
     torch.manual_seed(3)
-    x, update, dsum, dnormed = (torch.randn(rows, 768, device=device).to(dtype) for _ in range(4))
+    x, branch, dsum, dnormed = (torch.randn(rows, 768, device=device).to(dtype) for _ in range(4))
     weight, bias = torch.randn(2, 768, device=device).to(dtype)
     leaf, exact_leaf = x.requires_grad_(), x.detach().double().requires_grad_()
 
     def outputs(found: tuple[Tensor, Tensor], leaf: Tensor) -> list[Tensor]:
         return [*found, *torch.autograd.grad(found, leaf, [dy.to(leaf.dtype) for dy in (dsum, dnormed)])]
 
-    got = outputs(add_norm(leaf, update, weight, bias, 1e-5, "triton"), leaf)
-    exact = outputs(add_norm_reference(exact_leaf, update.double(), weight.double(), bias.double(), 1e-5), exact_leaf)
-    yield verdict(f"x + update and its norm, {dtype_name(dtype)}", worst_error(got, exact), BOUNDS[dtype])
+    got = outputs(add_norm(leaf, branch, weight, bias, 1e-5, "triton"), leaf)
+    exact = outputs(add_norm_reference(exact_leaf, branch.double(), weight.double(), bias.double(), 1e-5), exact_leaf)
+    yield verdict(f"x + branch and its norm, {dtype_name(dtype)}", worst_error(got, exact), BOUNDS[dtype])
 
 
 # ---- models

@@ -33,7 +33,7 @@ from minift.options import option
 # would add 3 % of tokens with pools of 20 batches (10: 6 %, 50: 1 %, without pools: 36 %).
 POOL_BATCHES = 20
 CHUNK = 2000  # pairs that are in memory at a time while they are tokenized
-MANY_PAIRS = 10_000  # are tokenized in another process, which takes a moment to start
+MANY_PAIRS = 10_000  # from this number on a second process tokenizes, which takes a moment to start
 
 
 @dataclass(frozen=True)
@@ -246,11 +246,11 @@ def encode_split(name: str, pairs: StoredPairs, encoder: Encoder, tokenizer: Any
     counts = Counts()
     first = len(writer)
     for numbers, texts, tokens in one_ahead(pairs, encoder, tokenizer, f"tokenizing {name}"):
-        encoder.count_names(tokens, counts)
-        for number, pair, pieces in zip(numbers, texts, tokens, strict=True):
+        encoder.count_control_tokens(tokens, counts)
+        for number, pair, pair_tokens in zip(numbers, texts, tokens, strict=True):
             if check is not None:
                 check.add(pair)
-            for row in encoder.rows(pair, pieces, counts):
+            for row in encoder.rows(pair, pair_tokens, counts):
                 if limit is not None and len(writer) - first == limit:
                     break  # a text alone becomes several rows
                 # a window has a part of the pair's text, which is another pair
@@ -265,17 +265,17 @@ def one_ahead(pairs: StoredPairs, encoder: Encoder, tokenizer: AnyTokenizer,
               title: str) -> Iterator[tuple[np.ndarray, list[Pair], list[list[bytes]]]]:
     """The numbers, the texts and the tokens of chunks of pairs. While the caller makes rows of a chunk, the tokenizer
     has the next one."""
-    sent = None
+    in_work = None  # the numbers and texts of the chunk that the tokenizer has
     for begin in progress(range(0, len(pairs), CHUNK), title, CHUNK):
         chunk = pairs[begin : begin + CHUNK]
         texts = list(chunk)
-        before = (*sent, tokenizer.receive()) if sent else None
-        tokenizer.send(list(map(encoder.pieces, texts)))
-        if before:
-            yield before
-        sent = chunk.numbers, texts
-    if sent:
-        yield *sent, tokenizer.receive()
+        finished = (*in_work, tokenizer.receive()) if in_work else None
+        tokenizer.send([encoder.pieces(pair) for pair in texts])  # before the yield: both processes then work
+        in_work = chunk.numbers, texts
+        if finished:
+            yield finished
+    if in_work:
+        yield *in_work, tokenizer.receive()
 
 
 def read_text(path: str | Path) -> str:

@@ -1,10 +1,12 @@
-"""Tokens from another process, as Python runs one thread of a process at a time. It is for large files: the other
-process needs a moment to start. It imports no torch.
+"""Tokenizing in a second process, for large files. Python runs one thread of a process at a time, so a thread would not
+help. Starting the process takes a moment. It imports no torch.
 
-It ends with this process, even if this one is killed: its connection is closed then.
+The second process ends with the first, even if the first is killed: its connection is closed then.
 """
 
+import contextlib
 import multiprocessing
+import signal
 import subprocess
 import sys
 from multiprocessing.connection import Connection
@@ -20,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]  # of the package minift
 
 # ---- two ways to tokenize, with the same methods
 #
-# send: rows of texts. receive: their tokens, as TextTokenizer.tokenize_rows has them; raises UserError. close: at the
-# end, or after an error.
+# send(rows of texts) begins the work, receive() returns the tokens (as TextTokenizer.tokenize_rows; raises UserError).
+# Each send is followed by one receive. close() at the end, or after an error.
 
 
 class SameProcess:
@@ -70,10 +72,14 @@ class OtherProcess:
         return answer
 
     def _ended(self) -> UserError:
+        self.connection.close()  # if the process still runs, it ends on this
         code = self.process.wait()
-        cause = f"with exit code {code}, see above"
-        if code < 0:
-            cause = f"by signal {-code}: the system does so when memory runs out, close other programs or use --rows"
+        if code == -signal.SIGKILL:
+            cause = "by signal 9: the system does so when memory runs out, close other programs or use --rows"
+        elif code < 0:
+            cause = f"by signal {-code} ({signal.strsignal(-code)}): start again"
+        else:
+            cause = f"with exit code {code}, see above"
         return UserError(f"the process that tokenizes the rows was ended {cause}")
 
     def close(self) -> None:
@@ -86,19 +92,17 @@ AnyTokenizer = SameProcess | OtherProcess
 
 
 def answer_all(connection: Connection) -> None:
-    """Tokenize all that the first process sends, until it ends."""
-    try:
-        tokenizer = TextTokenizer(*connection.recv())
-        while True:
-            rows = connection.recv()
-            try:
-                answer = tokenizer.tokenize_rows(rows)
-            except (UserError, MemoryError) as error:
-                answer = error
-            connection.send(answer)
-    except (EOFError, OSError):  # the first process has ended
-        pass
+    """Tokenize all that the first process sends."""
+    tokenizer = TextTokenizer(*connection.recv())
+    while True:
+        rows = connection.recv()
+        try:
+            answer = tokenizer.tokenize_rows(rows)
+        except (UserError, MemoryError, OSError) as error:
+            answer = error
+        connection.send(answer)
 
 
 if __name__ == "__main__":
-    answer_all(Connection(int(sys.argv[1])))
+    with contextlib.suppress(EOFError, OSError):  # the first process has ended
+        answer_all(Connection(int(sys.argv[1])))

@@ -102,7 +102,7 @@ class Encoder:
         """The texts of a pair that are tokenized separately."""
         return [text for text, _ in _pieces(pair, self.join)]
 
-    def count_names(self, tokens: list[list[bytes]], counts: Counts) -> None:
+    def count_control_tokens(self, tokens: list[list[bytes]], counts: Counts) -> None:
         """Add the control tokens in the pieces of pairs to `counts`."""
         ids = np.frombuffer(b"".join(chain.from_iterable(tokens)), np.int32)
         found = ids[np.isin(ids, list(self.names))]
@@ -111,11 +111,11 @@ class Encoder:
     def rows(self, pair: Pair, tokens: list[bytes], counts: Counts) -> list[Example]:
         """The rows of a pair with the tokens of its pieces: one, several windows of a text alone, or none. Adds to
         `counts`."""
-        pieces = list(map(to_ids, tokens))
+        ids = list(map(to_ids, tokens))
         if pair.prompt:
-            rows = self._prompted_row(pair, pieces, counts)
+            rows = self._prompted_row(pair, ids, counts)
         else:
-            rows = _windows(pair, pieces[0], self.start or [self.eos_id], self.eos_id, self.max_length, self.tokenizer)
+            rows = _windows(pair, ids[0], self.start or [self.eos_id], self.eos_id, self.max_length, self.tokenizer)
         counts.texts += not pair.prompt
         counts.dropped += not rows
         if not rows:

@@ -1,5 +1,5 @@
-"""Texts -> tokens. A tokenizer like GPT-2's cuts a text into words, and gives a word the same tokens in every text: a
-table of the words so far takes a quarter of the time of tokenizing each text anew (SAMSum, one core).
+"""Texts -> tokens. A tokenizer like GPT-2's cuts a text into words, and a word has the same tokens in every text. With
+a table of the words so far, tokenizing takes a quarter of the time (SAMSum, one core).
 
 Tokens of a text are bytes here, four for each token: they are joined, and sent to another process, at once.
 """
@@ -14,8 +14,8 @@ from minift.errors import tokenizer_faults
 
 # GPT-2's pattern (Radford et al. 2019, encoder.py), as it reads texts of ASCII alone
 WORD = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-# For other texts: what is between white space and has a character outside ASCII counts as one word, with the space
-# before it. GPT-2's pattern cuts there too, as white space is at most the first character of its words.
+# In other texts, a stretch without white space that has a character outside ASCII counts as one word, together with one
+# space before it. GPT-2's pattern also cuts there: in its words, white space can only be the first character.
 OTHER = r"(?:(?<!\S)| )[^\s\x80-\U0010ffff]*[\x80-\U0010ffff]\S*"
 WORD_OR_OTHER = re.compile(f"{OTHER}|{WORD.pattern}", re.ASCII)
 # White space outside ASCII: the property White_Space in Unicode's PropList.txt, and one character that once had it
@@ -73,8 +73,10 @@ class WordTokenizer:
 
     def _by_words(self, text: str) -> bytes | None:
         """The tokens of a text, or None if the table cannot be used for it."""
+        if not self.has_words or self.control_token.search(text):
+            return None
         is_ascii = text.isascii()
-        if not self.has_words or self.control_token.search(text) or not is_ascii and NO_WORDS.search(text):
+        if not is_ascii and NO_WORDS.search(text):
             return None
         if self.known.characters > MOST_CHARACTERS:
             self.known = WordTokens(self.tokenizer)

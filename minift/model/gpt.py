@@ -84,10 +84,10 @@ class LayerNorm(nn.LayerNorm):
 
     kernel = "auto"  # see GPT.set_kernel
 
-    def forward(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (N, C) and an update (N, C), or None -> x + update, and its normalisation."""
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (N, C) and a branch (N, C), or None -> x + branch, and its normalisation."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return add_norm(x, update, weight, bias, self.eps, self.kernel)
+        return add_norm(x, branch, weight, bias, self.eps, self.kernel)
 
 
 class Attention(nn.Module):
@@ -158,8 +158,8 @@ class Block(nn.Module):
     `attn_adapter` and `mlp_adapter` are slots for bottleneck adapters (Houlsby et al. 2019, figure 2). They get the
     output of a sublayer, before it is added to the residual stream. An empty slot is the identity.
 
-    A block does not add the output of its MLP, the `update`, to the residual stream x. The next norm does: that of the
-    next block, or the model's last.
+    A block does not add the output of its MLP, the `branch`, to the residual stream x. The next norm does: that of the
+    next block, or the last norm of the model.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -171,22 +171,22 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_adapter = nn.Identity()
 
-    def forward(self, x: Tensor, update: Tensor | None, rows: PackedRows, dropout: float = 0.0,
+    def forward(self, x: Tensor, branch: Tensor | None, rows: PackedRows, dropout: float = 0.0,
                 cache: KVCache | None = None, selected: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x and update (N, C) -> both (N, C), or (n, C) of the tokens that `selected` (n,) indexes. Keys and values use
-        all tokens."""
-        x, normed = self.ln_1(x, update)
+        """x and the branch of the block before, (N, C), None in the first block -> both for the next block: (N, C), or
+        (n, C) of the tokens that `selected` (n,) indexes. Keys and values use all tokens."""
+        x, normed = self.ln_1(x, branch)
         attended = self.attn(normed, rows, dropout, cache, selected)
         return self.after_attention(select_tokens(x, selected), attended, dropout)
 
-    def next(self, x: Tensor, update: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
+    def next(self, x: Tensor, branch: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
         """The same for one new token in each of the cache's rows, (B, C) -> (B, C)."""
-        x, normed = self.ln_1(x, update)
+        x, normed = self.ln_1(x, branch)
         attended = self.attn.next(normed, cache)
         return self.after_attention(x, attended, dropout=0.0)
 
     def after_attention(self, x: Tensor, attended: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
-        """x plus the output of attention, and the MLP of that sum."""
+        """x plus the output of attention; and the output of the MLP, which is the next branch."""
         # no `training` argument for F.dropout: GPT.hidden passes a rate of 0 when the model does not train
         x, normed = self.ln_2(x, F.dropout(self.attn_adapter(attended), dropout))
         return x, F.dropout(self.mlp_adapter(self.mlp(normed)), dropout)
@@ -274,19 +274,22 @@ class GPT(nn.Module):
         for layer in self.per_row_layers:
             layer.set_rows(rows.row_ids, rows.positions)
         dropout = self.dropout if self.training else 0.0
-        x, update = F.dropout(self.embed(batch.tokens, rows.positions), dropout), None
+        x = F.dropout(self.embed(batch.tokens, rows.positions), dropout)
+        branch = None  # the first block has none to add
         for block in self.h:
             # After attention in the last block, only the selected tokens are needed: in training those before a
             # target, some 15 % of all. Layers in per_row_layers get every token, so then nothing is left out.
             needed = selected if block is self.h[-1] and not self.per_row_layers else None
             if self.checkpoint and self.training:
-                x = x if update is None else x + update  # now, since a checkpoint keeps each of its inputs
-                x, update = checkpoint(block, x, None, rows, dropout, cache, needed, use_reentrant=False)
+                # a checkpoint keeps its inputs until the backward pass: one sum takes less memory than x and branch
+                x = x if branch is None else x + branch
+                x, branch = checkpoint(block, x, None, rows, dropout, cache, needed, use_reentrant=False)
             else:
-                x, update = block(x, update, rows, dropout, cache, needed)
+                x, branch = block(x, branch, rows, dropout, cache, needed)
         if self.per_row_layers:
-            x, update = select_tokens(x, selected), select_tokens(update, selected)
-        _, normed = self.ln_f(x, update)
+            x = select_tokens(x, selected)
+            branch = select_tokens(branch, selected)
+        _, normed = self.ln_f(x, branch)
         return normed
 
     def next_hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -294,10 +297,11 @@ class GPT(nn.Module):
         positions = cache.advance()  # (B,), in the cache's order of rows
         for layer in self.per_row_layers:
             layer.set_rows(cache.order, positions)
-        x, update = self.embed(tokens[cache.order], positions), None
+        x = self.embed(tokens[cache.order], positions)
+        branch = None
         for block in self.h:
-            x, update = block.next(x, update, cache)
-        _, normed = self.ln_f(x, update)
+            x, branch = block.next(x, branch, cache)
+        _, normed = self.ln_f(x, branch)
         return normed[cache.inverse_order]  # the caller's order of rows
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -19,32 +19,32 @@ from minift import ops
 MOST_CHANNELS = 8192  # of the kernels: a row must fit into the registers of a program
 
 
-def add_norm_reference(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+def add_norm_reference(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
                        ) -> tuple[Tensor, Tensor]:
-    """x (N, C), update (N, C) or None, weight (C,), bias (C,) -> x + update, and its normalisation, both (N, C)."""
-    if update is not None:
-        x = x + update
+    """x (N, C), branch (N, C) or None, weight (C,), bias (C,) -> x + branch, and its normalisation, both (N, C)."""
+    if branch is not None:
+        x = x + branch
     return x, F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def add_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, kernel: str = "auto"
+def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, kernel: str = "auto"
              ) -> tuple[Tensor, Tensor]:
     """As add_norm_reference; all tensors have one dtype. kernel: one of KERNELS. Those that use Triton must be able to
     run (`check_kernel`); auto does not use it here."""
-    trains = weight.requires_grad or bias.requires_grad
-    is_plain = ops.plain or kernel in ("auto", "torch")
-    if is_plain or trains or update is None or len(weight) > MOST_CHANNELS:
-        return add_norm_reference(x, update, weight, bias, eps)
-    return AddNorm.apply(x, update, weight, bias, eps)
+    uses_triton = kernel not in ("auto", "torch") and not ops.plain
+    is_frozen = not (weight.requires_grad or bias.requires_grad)
+    if uses_triton and is_frozen and branch is not None and len(weight) <= MOST_CHANNELS:
+        return AddNorm.apply(x, branch, weight, bias, eps)
+    return add_norm_reference(x, branch, weight, bias, eps)
 
 
 class AddNorm(torch.autograd.Function):
     """Keeps the sum alone: the backward pass reads it anyway, and computes its mean and variance again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         from minift.ops import norm_triton
-        total, normed = norm_triton.add_norm(x, update, weight, bias, eps)
+        total, normed = norm_triton.add_norm(x, branch, weight, bias, eps)
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         ctx.set_materialize_grads(False)  # nothing reads the sum of the last norm: its gradient is None, not zeros

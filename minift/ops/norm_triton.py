@@ -29,24 +29,23 @@ def standardise(tile, mask, C, eps):
 
 @triton.jit
 def add_norm_kernel(
-    x, update,  # (N, C)
+    x, branch,  # (N, C)
     weight, bias,  # (C,)
     total, normed,  # (N, C)
     N, C,
     eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """total = x + update, normed = standardised(total) weight + bias."""
+    """total = x + branch, normed = standardised(total) weight + bias."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK)
     at = rows[:, None] * C + c[None, :]
     mask = (rows < N)[:, None] & (c < C)[None, :]
-    tile = (load(x + at, mask) + load(update + at, mask)).to(total.dtype.element_ty)
-    tl.store(total + at, tile, mask)
-    # of the rounded sum, which the backward pass reads
-    standardised, _ = standardise(tile.to(tl.float32), mask, C, eps)
-    tile = standardised * load(weight + c, c < C)[None, :] + load(bias + c, c < C)[None, :]
-    tl.store(normed + at, tile.to(normed.dtype.element_ty), mask)
+    added = (load(x + at, mask) + load(branch + at, mask)).to(total.dtype.element_ty)
+    tl.store(total + at, added, mask)
+    z, _ = standardise(added.to(tl.float32), mask, C, eps)  # of the rounded sum, which the backward pass reads
+    result = z * load(weight + c, c < C)[None, :] + load(bias + c, c < C)[None, :]
+    tl.store(normed + at, result.to(normed.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -81,15 +80,15 @@ def tiles(C: int) -> dict[str, int]:
     return dict(ROWS=max(1, 1024 // BLOCK), BLOCK=BLOCK, num_warps=min(16, max(4, BLOCK // 256)))
 
 
-def forward(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + update and its normalisation, (N, C)."""
-    x, update = x.contiguous(), update.contiguous()
+def forward(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + branch and its normalisation, (N, C)."""
+    x, branch = x.contiguous(), branch.contiguous()
     N, C = x.shape
     settings = tiles(C)
     total, normed = torch.empty_like(x), torch.empty_like(x)
     with torch.cuda.device_of(x):  # Triton launches on the current GPU, not on that of the tensors
         add_norm_kernel[(triton.cdiv(N, settings["ROWS"]),)](
-            x, update,
+            x, branch,
             weight, bias,
             total, normed,
             N, C,
@@ -100,7 +99,7 @@ def forward(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float)
 
 
 def backward(dtotal: Tensor | None, dnormed: Tensor, total: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """dx (N, C): the gradient of x, and also that of update. dtotal: None for 0."""
+    """dx (N, C): the gradient of x, and also that of branch. dtotal: None for 0."""
     dtotal = None if dtotal is None else dtotal.contiguous()
     N, C = total.shape
     settings = tiles(C)
@@ -119,7 +118,7 @@ def backward(dtotal: Tensor | None, dnormed: Tensor, total: Tensor, weight: Tens
     return dx
 
 
-def fake_forward(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def fake_forward(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 

@@ -64,8 +64,8 @@ class TrainOptions:
     model_dropout: float = option(0.0, "GPT-2's own dropout (embeddings, attention, residuals); config.json's is "
                                        "not used", least=0, below=1)
     eval_every: int | None = option(None, "steps between validations (default: ten validations a run)", least=1)
-    patience: int = option(3, "validations without a better loss before the run stops; 0 never stops early, trials "
-                              "included", least=0)
+    patience: int = option(3, "validations without a better loss before the run stops; 0: neither a run nor a trial "
+                              "stops early", least=0)
     val_rows: int = option(200, "validate on the first N validation rows", least=1)
     test_rows: int = option(200, "score the first N test rows at the end", least=1)
     max_new_tokens: int | None = option(None, "length limit of generated completions (default: the longest reference "
