@@ -38,6 +38,7 @@ from minift.data.row_store import Examples
 from minift.device import (
     choose_device,
     choose_dtype,
+    compiled_code_bytes,
     configure_process,
     dtype_name,
     reset_peak_memory,
@@ -120,7 +121,10 @@ def main(arguments: list[str]) -> None:
     out = choose_folder(options.out, options.mode)
     configs = [replace(config, root=out) for config in configs]
     folders = [out / config.mode if is_comparison else out for config in configs]
-    task = Task(options, base, rows, data_quality, general_rows, Display(*expected_trainings(configs)))
+    device = choose_device(options.device)
+    reset_peak_memory(device)
+    task = Task(options, base, rows, data_quality, general_rows, resident_memory(device),
+                Display(*expected_trainings(configs)))
     with open_folder(out, options.overwrite, resume=options.resume is not None):
         if not options.resume:
             write_configs(out, configs, folders)
@@ -210,6 +214,7 @@ class Task:
     rows: Rows
     data_quality: Facts
     general_rows: list[Row] | None
+    resident_bytes: int  # before the first training
     display: Display
 
     def score(self, model: GPT) -> dict[str, Any]:
@@ -294,7 +299,10 @@ def predict_peak(config: Config, task: Task) -> int | None:
     cost = plan.predict(config, meta_model, largest_batch(task.rows["train"], config.train))
     device = choose_device(config.train.device)
     reset_peak_memory(device)  # gives freed memory back, which would count
-    return cost["predicted_peak_bytes"] + resident_memory(device)
+    # the code that oneDNN compiled for earlier trainings is in both numbers
+    compiled = compiled_code_bytes(device, choose_dtype(config.train.dtype, device))
+    resident = max(task.resident_bytes, resident_memory(device) - compiled)
+    return cost["predicted_peak_bytes"] + resident
 
 
 def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:

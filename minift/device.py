@@ -125,8 +125,13 @@ def process_bytes(live: int, device: torch.device, dtype: torch.dtype) -> int:
     """An estimate of the memory of the process, in bytes, for a peak of `live` bytes of tensors."""
     if device.type == "cuda":
         return live  # peak_memory counts the tensors alone there
-    onednn_code = 190_000_000 if uses_onednn_bf16(device, dtype) else 0  # once its cache is full
-    return round(1.3 * live) + onednn_code  # 1.3: holes in the heap, measured with GPT-2
+    # 1.3: holes in the heap, measured with GPT-2
+    return round(1.3 * live) + compiled_code_bytes(device, dtype)
+
+
+def compiled_code_bytes(device: torch.device, dtype: torch.dtype) -> int:
+    """The memory of oneDNN's compiled code in a process, once there is code for 256 shapes."""
+    return 190_000_000 if uses_onednn_bf16(device, dtype) else 0
 
 
 def release_pages(tensor: torch.Tensor) -> None:
