@@ -54,7 +54,7 @@ def encode(pairs: list[Pair], tokenizer: tokenizers.Tokenizer, eos_id: int, max_
     encoder, counts, rows = Encoder(tokenizer, eos_id, max_length, *options, **more), Counts(), []
     text_tokenizer = TextTokenizer(tokenizer, encoder.control_tokens)
     tokenized = text_tokenizer.tokenize_rows(list(map(encoder.pieces, pairs)))
-    encoder.count_names(tokenized, counts)
+    encoder.count_control_tokens(tokenized, counts)
     for pair, tokens in zip(pairs, tokenized, strict=True):
         rows += encoder.rows(pair, tokens, counts)
     return rows, counts
