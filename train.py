@@ -121,10 +121,7 @@ def main(arguments: list[str]) -> None:
     out = choose_folder(options.out, options.mode)
     configs = [replace(config, root=out) for config in configs]
     folders = [out / config.mode if is_comparison else out for config in configs]
-    device = choose_device(options.device)
-    reset_peak_memory(device)
-    task = Task(options, base, rows, data_quality, general_rows, resident_memory(device),
-                Display(*expected_trainings(configs)))
+    task = Task(options, base, rows, data_quality, general_rows, Display(*expected_trainings(configs)))
     with open_folder(out, options.overwrite, resume=options.resume is not None):
         if not options.resume:
             write_configs(out, configs, folders)
@@ -214,8 +211,8 @@ class Task:
     rows: Rows
     data_quality: Facts
     general_rows: list[Row] | None
-    resident_bytes: int  # before the first training
     display: Display
+    has_trained: bool = False
 
     def score(self, model: GPT) -> dict[str, Any]:
         """The scores of a model on the test rows."""
@@ -299,10 +296,10 @@ def predict_peak(config: Config, task: Task) -> int | None:
     cost = plan.predict(config, meta_model, largest_batch(task.rows["train"], config.train))
     device = choose_device(config.train.device)
     reset_peak_memory(device)  # gives freed memory back, which would count
-    # the code that oneDNN compiled for earlier trainings is in both numbers
-    compiled = compiled_code_bytes(device, choose_dtype(config.train.dtype, device))
-    resident = max(task.resident_bytes, resident_memory(device) - compiled)
-    return cost["predicted_peak_bytes"] + resident
+    peak = cost["predicted_peak_bytes"] + resident_memory(device)
+    if task.has_trained:  # the code that oneDNN compiled is then in both numbers
+        peak -= compiled_code_bytes(device, choose_dtype(config.train.dtype, device))
+    return peak
 
 
 def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
@@ -364,6 +361,7 @@ def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
                       "there")
                 sys.exit(128 + (signals.received or signal.SIGTERM))
     check_learned(model, initial, folder)
+    task.has_trained = True
     view.end(progress)
     checkpoint.load_best(folder, model)
     return progress
