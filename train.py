@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> None:
     configs = configuration.parse(arguments, __doc__)
     options, is_comparison = configs[0].train, len(configs) > 1
     ops.plain = options.ops == "plain"
-    configure_process(expected_trainings(configs)[0])
+    configure_process()
     if options.plan:
         print(plan.report(configs))
         return

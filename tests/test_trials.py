@@ -29,7 +29,7 @@ from scripts import (
     write_pairs,
 )
 
-from minift import device, modes, plan, trials
+from minift import modes, plan, trials
 from minift.errors import TrainingFailed
 from minift.files.checkpoint import Progress
 from minift.progress import is_behind
@@ -513,15 +513,6 @@ def test_the_steady_speed_leaves_the_first_steps_out(common: list[Any], tmp_path
         sum(line["tokens"] for line in steps[4:]) / sum(line["seconds"] for line in steps[4:]))
     assert result["tokens_per_second"] == pytest.approx(
         sum(line["tokens"] for line in steps) / sum(line["seconds"] for line in steps))
-
-
-@pytest.mark.parametrize("trainings, kept", [(1, "256"), (2, "1024")])
-def test_several_trainings_keep_more_compiled_shapes(
-    trainings: int, kept: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device.os, "environ", {})
-    device.configure_process(trainings)
-    assert device.os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kept
 
 
 def test_help_says_which_flags_take_a_list() -> None:
