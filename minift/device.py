@@ -26,9 +26,9 @@ def configure_process() -> None:
     """Settings of the allocator, of oneDNN and of OpenMP that make training faster and smaller. Call it before the
     first matrix product; the scripts and weights.load do."""
     # setdefault: the user's own environment variables win
-    # oneDNN keeps compiled code for each shape of a matrix product, here for 1,024 shapes, torch for 8. Ragged rows have
-    # some 600. With room for 256, pieces of code come and go between the tensors and leave holes: 120 steps of an 18M
-    # base on SAMSum took 1,023 MiB and not 958, and had 0.6 times the speed.
+    # oneDNN keeps compiled code for each shape of a matrix product, here for 1,024 shapes, and torch for 8. Ragged rows
+    # have some 600. With room for 256, pieces of code come and go between the tensors and leave holes: 120 steps of an
+    # 18M base on SAMSum took 1,023 MiB instead of 958, at 0.6 times the speed.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "8")
     libc = load_libc()
