@@ -212,7 +212,7 @@ class Task:
     data_quality: Facts
     general_rows: list[Row] | None
     display: Display
-    has_trained: bool = False
+    has_trained: bool = False  # in this process, so that code compiled for it is in memory
 
     def score(self, model: GPT) -> dict[str, Any]:
         """The scores of a model on the test rows."""

@@ -200,10 +200,10 @@ def stop_losses(best_before: dict[str, Any], val_losses: dict[int, float]) -> di
     """{step: the loss above which another trial stops there}, from the validation losses of the best trial before it.
 
     A trial stops between a quarter and 60 % of its steps if its best loss so far is more than three times as far above
-    the final loss of the best trial as that one was at the same step. Low and high rates are both behind early, by up
-    to twice the distance, and may still win. If the best trial overfits (its best step is not its last), any rate may
-    still win, and no trial stops. The idea to stop a trial by a comparison at the same step is from Golovin et al. 2017
-    (Vizier), section 3.2.
+    the final loss of the best trial as that one was at the same step, where this distance counts as at least 1 % of
+    that loss. Low and high rates are both behind early, by up to twice the distance, and may still win. If the best
+    trial overfits (its best step is not its last), any rate may still win, and no trial stops. The idea to stop a trial
+    by a comparison at the same step is from Golovin et al. 2017 (Vizier), section 3.2.
     """
     end, steps = best_before["val_loss"], best_before["steps"]
     if best_before["best_step"] < steps:

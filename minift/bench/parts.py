@@ -105,8 +105,8 @@ def kernels(case: Case, itemsize: int, usable: list[str]) -> dict[str, Part]:
         "dA = g^T x, outer": Part(outer, thin_in, outer_bytes),
         "g, dB, dA and sums": Part(thin_gradients, 2 * thin_out + thin_in, expand_bytes + outer_bytes),
         # the norm before the layer
-        "x + u and its norm": Part(add_norm, 0, itemsize * 4 * M * K),
-        "dx of x + u and norm": Part(add_norm_backward, 0, itemsize * 3 * M * K),  # x is read twice, once from a cache
+        "x + branch and norm": Part(add_norm, 0, itemsize * 4 * M * K),
+        "dx of branch, norm": Part(add_norm_backward, 0, itemsize * 3 * M * K),  # x is read twice, once from a cache
         # of the hybrid
         "[x, h], shrink": Part(shrink_copy, thin_in, itemsize * (M * K + K * J + M * width)),
         "[W, B], augment": Part(lambda layer: augment(layer["weight"], layer["b"], offsets, width), 0,
