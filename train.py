@@ -259,10 +259,9 @@ def repeat(config: Config, task: Task, folder: Path) -> dict[str, Any]:
 def tune(config: Config, task: Task, folder: Path) -> dict[str, Any]:
     """One run, from the untouched base to scores. Returns the content of its result.json."""
     options, base, rows, started = config.train, task.base, task.rows, time.perf_counter()
-    if config.part:  # a repetition has a folder of its own, and the peak memory of the first run
+    if config.part:  # a repetition has a folder of its own
         configuration.save(folder, config)
-    predicted_peak = None if config.part else predict_peak(config, task)
-    reset_peak_memory(choose_device(options.device))
+    memory = memory_before(config, task)
     total = count(base.model)
     model = build(base, config)
     trainable = sum(parameter.numel() for parameter in modes.tuned_parameters(model).values())
@@ -275,7 +274,7 @@ def tune(config: Config, task: Task, folder: Path) -> dict[str, Any]:
     facts = progress_facts(progress, folder) | {
         "mode": config.mode, "base": options.model, "learning_rate": options.lr,
         "trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total,
-        "tuned_bytes": checkpoint.tuned_bytes(folder), "predicted_peak_bytes": predicted_peak,
+        "tuned_bytes": checkpoint.tuned_bytes(folder), "predicted_peak_bytes": predict_peak(config, task, memory),
         "seconds": time.perf_counter() - started, "data_quality": task.data_quality}
     result = make_result(facts, scores, task.base_scores)
     test_rows.write(folder, scores, task.base_scores)
@@ -287,19 +286,27 @@ def tune(config: Config, task: Task, folder: Path) -> dict[str, Any]:
     return result
 
 
-def predict_peak(config: Config, task: Task) -> int | None:
-    """The plan's prediction of the peak memory in bytes. None with --shard: the plan knows a process that holds the
-    whole model."""
-    if config.train.shard:
+def memory_before(config: Config, task: Task) -> int:
+    """The memory in use before a run, in bytes, without the code that oneDNN compiled in an earlier one: the plan
+    counts it in each run."""
+    import torch._dynamo  # noqa: F401  torch's optimizers import it, which takes 140 MB and 2 s: a part of every run
+    device = choose_device(config.train.device)
+    reset_peak_memory(device)  # gives freed memory back, which would count
+    memory = resident_memory(device)
+    if task.has_trained:
+        memory -= compiled_code_bytes(device, choose_dtype(config.train.dtype, device))
+    return memory
+
+
+def predict_peak(config: Config, task: Task, memory: int) -> int | None:
+    """The plan's prediction of the peak memory in bytes, where `memory` was in use before. Called after the training,
+    which then begins some seconds earlier. None for a repetition, and with --shard: the plan knows a process that holds
+    the whole model."""
+    if config.part or config.train.shard:
         return None
     meta_model = build_on_meta(task.base, config)
     cost = plan.predict(config, meta_model, largest_batch(task.rows["train"], config.train))
-    device = choose_device(config.train.device)
-    reset_peak_memory(device)  # gives freed memory back, which would count
-    peak = cost["predicted_peak_bytes"] + resident_memory(device)
-    if task.has_trained:  # the code that oneDNN compiled is then in both numbers
-        peak -= compiled_code_bytes(device, choose_dtype(config.train.dtype, device))
-    return peak
+    return memory + cost["predicted_peak_bytes"]
 
 
 def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
