@@ -108,11 +108,11 @@ def test_a_difference_that_is_larger_than_its_noise(tmp_path):
                for i, (name, shift) in enumerate((("a", 0.0), ("b", 0.03), ("c", 0.01)))]
     text = compare.compare_runs(folders)
     first = next(sentence for sentence in sentences(text) if sentence.startswith("b has the highest ROUGE-L: 0.530"))
-    assert "; the next, c, has 0.510, and the 95 % interval of the difference is" in first
-    found = re.search(r"(-0.0\d+) to (-0.0\d+)", first)
-    # c - b is -0.02; its rows differ by 0.02 sqrt(2), and there are 60 of them
-    assert [float(end) for end in found.groups()] == pytest.approx([-0.0272, -0.0128], abs=0.002)
+    found = re.search(r"; the next, c, has 0.510, (0.0\d+) to (0.0\d+) less \(95 %\)", first)
+    # b - c is 0.02; its rows differ by 0.02 sqrt(2), and there are 60 of them
+    assert [float(end) for end in found.groups()] == pytest.approx([0.0128, 0.0272], abs=0.002)
     assert "b has the lowest test loss: 0.9700 (base: 3.0000); the next, c, has 0.9900" in text
+    assert re.search(r"the next, c, has 0.9900, 0.0\d+ to 0.0\d+ more", text)
     assert "cheapest" not in text  # b alone is the best
 
 
@@ -169,7 +169,7 @@ def test_forgetting_has_an_error_only_with_seeds(tmp_path):
     folders = [seeded_run(tmp_path / "c", shifts, forgetting=0.1), seeded_run(tmp_path / "d", shifts)]
     text = compare.compare_runs(folders)
     assert "c forgot the least, in nats per token on the general text: +0.1000; the next, d, has +0.2000" in text
-    assert "of the difference is +0.0773 to +0.1227." in text  # 0.1 +- t(4) 0.01 sqrt(2 / 3), t = 2.776
+    assert "the next, d, has +0.2000, +0.0773 to +0.1227 more (95 %)." in text  # 0.1 +- t(4) 0.01 sqrt(2 / 3), t = 2.776
 
 
 def test_runs_on_other_rows_are_in_the_table_but_are_not_ranked(tmp_path):

@@ -131,10 +131,11 @@ def describe(order: Order) -> Finding:
         values = join([measure.text(run.result[order.measure]) for run in equal])
         return Finding(names, f"{join(names)} do not differ in {measure.heading} {sample(order)}: "
                        f"{values}{with_base}.")
-    second, (low, high) = order.ranked[1], order.differences[1]
-    difference = measure.text(second.result[order.measure])
-    return Finding(names, f"{first}; the next, {second.name}, has {difference}, and the 95 % interval of the "
-                   f"difference is {measure.text(low)} to {measure.text(high)}.")
+    second, (least, most) = order.ranked[1], sorted(map(abs, order.differences[1]))
+    value = measure.text(second.result[order.measure])
+    more = "less" if measure.sign > 0 else "more"
+    return Finding(names, f"{first}; the next, {second.name}, has {value}, {measure.text(least)} to "
+                   f"{measure.text(most)} {more} (95 %).")
 
 
 def sample(order: Order) -> str:
