@@ -20,6 +20,7 @@ import torch
 CPU_TIMES = Path("/proc/stat")  # of Linux
 CROWDED = 0.25  # cores that are missing; below, sleeping and waking up costs more than it saves
 BUSY_SECONDS, QUIET_SECONDS = 0.5, 1.0  # how long to measure before threads sleep, and before they spin again
+crowded = threading.Event()  # other programs take cores that the threads need, so they wait asleep
 ended = threading.Event()  # the process ends
 PARALLEL_NUMEL = 2**15  # torch gives an elementwise operation one thread for each so many numbers
 
@@ -65,9 +66,11 @@ def watch(threads: int, cpus: set[int]) -> None:
     while not ended.is_set():
         if measure_missing(BUSY_SECONDS, threads, cpus) <= CROWDED:
             continue
+        crowded.set()
         with sleeping_waits(threads, len(cpus)):
             while not ended.is_set() and measure_missing(QUIET_SECONDS, threads, cpus) > CROWDED:
                 pass
+        crowded.clear()
 
 
 def measure_missing(seconds: float, threads: int, cpus: set[int]) -> float:

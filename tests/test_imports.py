@@ -29,6 +29,7 @@ LATE = {
     "peft": "is optional: the benchmark compares with it if it is installed",
     "torch.distributed": "takes long to import, and needed only with several processes",
     "torch._subclasses": "takes long to import, and needed only by a plan",
+    "torch._dynamo": "takes long to import, and needed only by a training",
 }
 FILES = sorted([*ROOT.glob("minift/**/*.py"), ROOT / "train.py", ROOT / "eval.py"])
 

@@ -4,11 +4,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from scripts import ROOT
 
 from minift import openmp
+from minift.files.checkpoint import Progress
+from minift.report.display import Display, TrainingView
+from minift.run import config as configuration
 
 STAT = """cpu  900 900 900 900 900 900 900 900 0 0
 cpu0 100 20 30 5000 600 7 8 9 0 0
@@ -62,6 +66,8 @@ def test_threads_sleep_from_a_crowded_measurement_to_a_quiet_one(monkeypatch: py
         value = next(missing, None)
         if value is None:
             raise Ended
+        if not log or log[-1] == "awake":
+            assert not openmp.crowded.is_set()
         log.append(f"{seconds}: {value}")
         return value
 
@@ -70,11 +76,13 @@ def test_threads_sleep_from_a_crowded_measurement_to_a_quiet_one(monkeypatch: py
             assert (threads, cores) == (2, 2)
 
         def __enter__(self) -> None:
+            assert openmp.crowded.is_set()
             log.append("asleep")
 
         def __exit__(self, *_: object) -> None:
             log.append("awake")
 
+    monkeypatch.setattr(openmp, "crowded", threading.Event())
     monkeypatch.setattr(openmp, "measure_missing", measure)
     monkeypatch.setattr(openmp, "sleeping_waits", Waits)
     with pytest.raises(Ended):
@@ -119,3 +127,18 @@ def test_one_thread_waits_for_none(fresh: None) -> None:
     """The tests' own process has one thread."""
     before = threading.active_count()
     assert openmp.adapt_waiting() is None and threading.active_count() == before
+
+
+def test_training_says_once_that_other_programs_use_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(openmp, "crowded", threading.Event())
+    [config] = configuration.parse([], "")
+    progress = Progress(best_val_loss=2.0)
+    view = TrainingView(Display(1, is_estimate=False), config, tmp_path, 10, progress)
+    with view:
+        view.validation(progress, 2.0)
+        assert "other programs" not in capsys.readouterr().out
+        openmp.crowded.set()
+        view.validation(progress, 2.0)
+        view.validation(progress, 2.0)
+    assert capsys.readouterr().out.count("other programs use cores") == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from minift import openmp
 from minift.files.checkpoint import Progress
 from minift.report.plot import LiveCurves
 from minift.run.config import Config
@@ -19,6 +20,7 @@ class Display:
         self.expected, self.is_estimate = expected, is_estimate
         self.number = 0  # of the current training
         self.trained = 0  # trainings that this process has ended; an earlier one may have ended others
+        self.said_crowded = False
         self.began = time.monotonic()
 
     def place(self) -> str:
@@ -79,6 +81,10 @@ class TrainingView:
 
     def validation(self, progress: Progress, val_loss: float | None, lr: float = 0.0) -> None:
         self.say(status(self.config.mode, progress, self.steps, val_loss, lr))
+        if openmp.crowded.is_set() and not self.display.said_crowded:
+            self.bar.write("  other programs use cores of this machine: beside them training is slower, on two cores "
+                           "half as fast", file=sys.stdout)
+            self.display.said_crowded = True
 
     def draw(self) -> None:
         if self.curves:
