@@ -7,11 +7,11 @@
     python train.py --mode all --lr auto --seeds 3    search each mode's learning rate, then repeat with three seeds
     torchrun --nproc-per-node 2 train.py ...          on two GPUs; --shard if one cannot hold the model
 
-A flag with [,...] also takes a comma list: each value is tried, of several lists each combination, and the run with the
+A flag with [,...] also takes a comma list. Each value is tried, with several lists each combination. The run with the
 lowest validation loss is kept and scored.
 
-It reads from top to bottom: options, base and data, then for each mode the search, and for each seed plan, build,
-train and score, then the table. The loop never asks which mode it is in: a mode (minift/modes/) decides which modules
+It reads from top to bottom: options, base and data, then for each mode the search, and for each seed build, train and
+score, then the table. The loop never asks which mode it is in: a mode (minift/modes/) decides which modules
 are added and which parameters train. Only these go to the optimizer and into the saved file.
 """
 
@@ -175,10 +175,9 @@ def load_rows(config: Config, base: Base, reserved: int) -> tuple[Rows, Facts]:
     """The rows of the three splits as tokens, with room for `reserved` positions in front of each; and facts on the
     quality of the training rows."""
     options = config.train
-    limits = {"train": None, "val": options.val_rows, "test": options.test_rows}
     room = base.model.config.n_positions - reserved
     eos = weights.required_eos(base)
-    rows, lines, facts = dataset.load_examples(config.data, options.seed, base.tokenizer, eos, room, limits)
+    rows, lines, facts = dataset.load_examples(config.data, options.seed, base.tokenizer, eos, room, options.row_limits)
     if not rows["val"]:
         lines.append("without validation rows there is no validation loss, no early stopping and no choice of the best "
                      "parameters: those of the last step are kept")
@@ -249,7 +248,14 @@ def search(config: Config, task: Task, folder: Path) -> Config:
 def repeat(config: Config, task: Task, folder: Path) -> dict[str, Any]:
     """The run with each seed. Returns the result with means and standard deviations, which is in `folder`."""
     runs = repetitions(config, folder)
-    results = [finished(run_folder) or tune(run, task, run_folder) for run, run_folder in runs]
+    results = []
+    for run, run_folder in runs:
+        result = finished(run_folder)
+        if result is None:
+            result = tune(run, task, run_folder)
+        elif run.part or not config.search:  # the first run of a search is one of its trials, which are counted
+            task.display.skip(1)
+        results.append(result)
     result = average(results, [run.train.seed for run, _ in runs])
     write_json(folder / "result.json", result)
     print(describe_seeds(result))

@@ -2,8 +2,9 @@
 
 At the end of each parallel operation the threads wait for the slowest. By spinning, the next operation begins at once,
 which is best on a quiet machine. When another program runs on one of the cores, a spinning thread takes the time of
-the thread that it waits for, and a step takes several times as long. So a thread of Python compares, twice a second,
-the cores that other programs take with those that are free. The numbers of a run do not depend on how threads wait.
+the thread that it waits for, and a step takes several times as long. So a thread of Python compares, once or twice a
+second, the cores that other programs take with those that are free. The numbers of a run do not
+depend on how threads wait.
 """
 
 import atexit

@@ -100,15 +100,13 @@ def flops(func: Any, args: Any, result: Any) -> int:
     name = packet.__name__
     is_packed = name.startswith("_flash_attention")
     if "scaled_dot_product" in name or is_packed:  # torch has one for each kind of device
-        if name.endswith("backward"):
-            q, k = args[1:3]
-            products = 5  # the scores again, and the gradients of the probabilities, q, k and v
-        else:
-            q, k = args[:2]
-            products = 2  # q k^T and probabilities v
+        is_backward = name.endswith("backward")
+        q, k = args[1:3] if is_backward else args[:2]
+        # forward: q k^T and probabilities v; backward: the scores again, and the gradients of probabilities, q, k and v
+        products = 5 if is_backward else 2
         T = k.shape[-2]
         if is_packed:  # q is (N, nh, hs), and the longest row the argument after the two cu_seqlens
-            T = args[8 if products == 5 else 5]
+            T = args[8 if is_backward else 5]
         return 2 * products * q.numel() * T
     return 0
 
@@ -212,8 +210,8 @@ def report(configs: list[Config]) -> str:
     reserved = max(model.prompt_tokens for of_mode in models for model in of_mode)
     max_tokens = base.model.config.n_positions - reserved
     if data.data and base.tokenizer is not None:
-        limits = {"train": None, "val": options.val_rows, "test": options.test_rows}  # of a run, which has a cache
-        rows, *_ = load_examples(data, options.seed, base.tokenizer, weights.required_eos(base), max_tokens, limits)
+        rows, *_ = load_examples(data, options.seed, base.tokenizer, weights.required_eos(base), max_tokens,
+                                options.row_limits)  # of a run, whose cache is then used
         batch = largest_batch(rows["train"], options)
         origin = f"the largest batch of {data.data}"
     else:

@@ -54,6 +54,7 @@ def init_or_resume(model: GPT, config: Config, rows: dict[str, Examples], folder
               f"those of step {progress.step} replace them")
         progress.best_val_loss = progress.best_after_start = math.inf
         validate(model, rows["val"], config, folder, metadata, progress)
+        checkpoint.save_last(folder, model, metadata, optimizer, progress)  # it names the best loss
     steps = total_steps(len(rows["train"]), options)
     if options.resume and (progress.step >= steps or progress.early_stopped):
         print(how_to_extend(config))
@@ -114,10 +115,9 @@ def bad_step(model: GPT, loss: float, micro_batches: MicroBatches, step: int, fo
             norms[name] = norm if math.isfinite(norm) else math.inf  # nan would not compare
     worst = max(norms, key=norms.__getitem__)
     rows = ", ".join(row.pair.where for batch in micro_batches for row in batch)
-    intact = f"{folder / LAST} is intact" if (folder / LAST).exists() else "nothing is saved yet"
     return TrainingFailed(f"step {step}: the loss is {loss} and the largest gradient, of {worst}, has norm "
-                          f"{norms[worst]}; rows: {rows}; {intact}; lower --lr, look at these rows, or try --dtype "
-                          "fp32")
+                          f"{norms[worst]}; rows: {rows}; {folder / LAST} is intact; lower --lr, look "
+                          "at these rows, or try --dtype fp32")
 
 
 def check_learned(model: GPT, initial: str, folder: Path) -> None:

@@ -93,11 +93,8 @@ def make_optimizer(model: GPT, lr: float, weight_decay: float) -> torch.optim.Ad
             decayed.append(parameter)
         else:
             others.append(parameter)
-    groups = []
-    if decayed:
-        groups.append({"params": decayed, "weight_decay": weight_decay})
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]  # torch refuses an empty one
     fused = model.device.type != "mps"  # one kernel for all parameters; not on Apple's GPUs
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=fused)
     if reads_late(model.device):

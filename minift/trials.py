@@ -26,11 +26,10 @@ from minift.run import config as configuration
 from minift.run.config import AUTO, Config
 from minift.run.folder import TRIALS, read_metrics, read_trials
 
-# A trial stops if its distance from the best trial's final loss is more than BEHIND times as large as the best trial's
-# own distance was at the same step,
-BEHIND = 3
-STOP_FROM, STOP_TO = 0.25, 0.6  # and only at a validation between these parts of its steps
-LEAST_GAP = 0.01  # of the best trial's final loss; a smaller distance counts as this one
+# A trial stops if it is more than BEHIND times as far above the best trial's final loss as that trial was at the same
+# step. A distance of the best trial below this part of its final loss counts as that part.
+BEHIND, LEAST_GAP = 3, 0.01
+STOP_FROM, STOP_TO = 0.25, 0.6  # the parts of the steps between which a trial may stop
 FURTHER = 4  # the most rates that --lr auto tries beside the first three
 NICE = (1, 2, 3, 5, 7, 10)  # the digits of a rate of --lr auto
 # the scores of which --seeds gives mean and standard deviation
@@ -135,13 +134,12 @@ class Trials:
         trials failed."""
         if not self.config.search:
             return self.config
-        best = best_of(self.lines)
+        best = self.chosen() or best_of(self.lines)
         if best is None:
             raise UserError(f"every trial failed, the last one so: {self.lines[-1]['failure']}; give other values")
-        if not self.chosen():
+        if not best["chosen"]:
             best["chosen"] = True
             self.write()
-        best = self.chosen()
         config = self.config.with_options(best["options"], f"best validation loss of {len(self.lines)} trials")
         trial = self.folder_of(best["options"])
         if is_main() and (trial / LAST).exists():

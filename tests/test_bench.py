@@ -172,7 +172,7 @@ def test_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_cache, "LEAST_BYTES", 50_000)
     ended = run(main, "data", "--rows", "20,100")
     assert ended.code == 0, ended.err
-    small, large = json.loads(ended.out.splitlines()[-1])["results"]
+    small, large = json.loads(ended.out.splitlines()[-1])["rows"]
     assert (small["rows"], large["rows"]) == (20, 100) and small["train_tokens"] < large["train_tokens"]
     assert small["cached_seconds"] is None and large["cached_seconds"] > 0
     assert large["peak_memory_bytes"] > 2**20

@@ -7,6 +7,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,10 @@ def test_the_scripts_refuse_it(folder: Path, name: str, kind: str, tmp_path: Pat
 
 def test_resuming_continues_without_the_best_file(folder: Path) -> None:
     """As the message of a damaged tuned.safetensors promises: the last parameters take its place."""
+    values, metadata = checkpoint.read(folder / LAST)
+    progress = checkpoint.saved_progress(folder)
+    progress.best_step, progress.best_val_loss = 1, progress.best_val_loss - 0.5  # those of the lost file were better
+    checkpoint.write(folder / LAST, values, metadata | {"progress": json.dumps(asdict(progress))})
     last = tensors(folder / LAST)
     kept = {name: t.clone() for name, t in last.items()}
     (folder / TUNED).write_bytes(b"damaged")
@@ -137,6 +142,10 @@ def test_resuming_continues_without_the_best_file(folder: Path) -> None:
     found = tensors(folder / TUNED)
     assert all(torch.equal(t, kept[f"tuned.{name}"]) for name, t in found.items())
     assert evaluate(folder, "--prompt", "a").code == 0
+    # a later start compares with this file, not with the one that was lost
+    saved = checkpoint.read(folder / TUNED)[1]
+    progress = checkpoint.saved_progress(folder)
+    assert float(saved["val_loss"]) == progress.best_val_loss and int(saved["step"]) == progress.best_step
 
 
 def test_eval_needs_only_the_best_file(folder: Path) -> None:

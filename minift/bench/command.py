@@ -1,6 +1,7 @@
 """The frame that benchmarks share: their options, and the line of facts above their tables."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, TextIO, TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from minift.device import machine_name
 from minift.errors import UserError
 from minift.options import Parser, add_options, resolve
+from minift.report.table import Columns, table_head, table_row
 
 T = TypeVar("T")
 
@@ -25,6 +27,17 @@ def print_facts(options: Any, device: torch.device, **more: str) -> dict[str, An
     facts = {"machine": machine_name(device), "torch": torch.__version__, **asdict(options), **more}
     print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None) + "\n")
     return facts
+
+
+def print_results(results: Iterable[dict[str, Any]], facts: dict[str, Any], columns: Columns, widths: list[int]
+                  ) -> None:
+    """Print a table, each row as its result comes, and in the last line one JSON object with all of them."""
+    print(table_head(columns, widths))
+    rows = []
+    for result in results:
+        rows.append(result)
+        print(table_row(result, columns, widths), flush=True)
+    print("\n" + json.dumps(facts | {"rows": rows}))
 
 
 class LineFile:

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from minift.bench.command import print_facts, read_options
+from minift.bench.command import print_facts, print_results, read_options
 from minift.bench.samples import embedded_pairs
 from minift.data.dataset import DataOptions, load_examples
 from minift.data.row_cache import is_large
@@ -25,8 +25,8 @@ from minift.errors import UserError
 from minift.files import weights
 from minift.files.weights import Base
 from minift.options import option, parse_int
-from minift.report.table import format_bytes, table_head, table_row
-from minift.run.config import TINY
+from minift.report.table import format_bytes
+from minift.run.config import TINY, TrainOptions
 
 COLUMNS = {
     "rows": ("rows", "{:,}".format),
@@ -38,7 +38,6 @@ COLUMNS = {
     "cached_peak_memory_bytes": ("peak memory", format_bytes),
 }
 WIDTHS = [9, 9, 15, 14, 11, 17, 11]
-LIMITS = {"train": None, "val": 200, "test": 200}  # those of train.py
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,10 @@ def bench_data(arguments: list[str]) -> None:
         raise UserError(f"--rows {options.rows!r:.40}: must be numbers with commas between them") from None
     base = weights.load_on_meta(options.model or str(TINY))
     facts = print_facts(options, torch.device("cpu"))
-    print(table_head(COLUMNS, WIDTHS))
-    results = []
     # its own cache, so that the user's stays as it is
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
-        for count in counts:
-            path = Path(folder) / "rows.jsonl"
-            write_rows(path, count, options.seed)
-            results.append(measure(path, count, base))
-            print(table_row(results[-1], COLUMNS, WIDTHS), flush=True)
-    print("\n" + json.dumps(facts | {"results": results}))
+        path = Path(folder) / "rows.jsonl"
+        print_results((measure(path, count, options.seed, base) for count in counts), facts, COLUMNS, WIDTHS)
 
 
 def write_rows(path: Path, count: int, seed: int) -> None:
@@ -78,7 +71,9 @@ def write_rows(path: Path, count: int, seed: int) -> None:
             file.write(json.dumps({"dialogue": dialogue, "summary": second["summary"]}) + "\n")
 
 
-def measure(path: Path, count: int, base: Base) -> dict[str, Any]:
+def measure(path: Path, count: int, seed: int, base: Base) -> dict[str, Any]:
+    """The figures of a file with `count` rows, which is written first."""
+    write_rows(path, count, seed)
     result = {"rows": count, "file_bytes": path.stat().st_size, "cached_seconds": None,
               "cached_peak_memory_bytes": None}
     for prefix in ("", "cached_") if is_large([path]) else ("",):
@@ -86,7 +81,7 @@ def measure(path: Path, count: int, base: Base) -> dict[str, Any]:
         reset_peak_memory(device)
         start = time.perf_counter()
         rows, *_ = load_examples(DataOptions(data=str(path)), 0, base.tokenizer, weights.required_eos(base),
-                                base.model.config.n_positions, LIMITS)
+                                base.model.config.n_positions, TrainOptions().row_limits)
         result[f"{prefix}seconds"] = time.perf_counter() - start
         result[f"{prefix}peak_memory_bytes"] = peak_memory(device)
         result["train_tokens"] = int(rows["train"].lengths.sum())

@@ -4,7 +4,6 @@ Greedy, and no token ends a row, so every run writes the same number of tokens. 
 mostly the pass over the prompts, is measured by itself. The last line is one JSON object.
 """
 
-import json
 import random
 import statistics
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 
 from minift import modes
 from minift.bench.busy import BUSY_COLUMNS, BUSY_WIDTHS, compare_busy
-from minift.bench.command import print_facts, read_options
+from minift.bench.command import print_facts, print_results, read_options
 from minift.bench.models import SIZES, random_model
 from minift.device import (
     DEVICES,
@@ -30,7 +29,7 @@ from minift.model.generate import generate
 from minift.modes import MODES
 from minift.options import option
 from minift.report.latency import time_request
-from minift.report.table import format_bytes, table_head, table_row
+from minift.report.table import format_bytes
 
 COLUMNS = {
     "mode": ("mode", str),
@@ -67,13 +66,7 @@ def bench_decode(arguments: list[str]) -> None:
     facts = print_facts(options, device, dtype=dtype_name(dtype))
     columns = COLUMNS | BUSY_COLUMNS if options.busy else COLUMNS
     widths = WIDTHS + BUSY_WIDTHS if options.busy else WIDTHS
-    print(table_head(columns, widths))
-    results = []
-    for name in names:
-        result = measure(name, options, dtype, device)
-        results.append(result)
-        print(table_row(result, columns, widths), flush=True)
-    print(json.dumps(facts | {"rows": results}))
+    print_results((measure(name, options, dtype, device) for name in names), facts, columns, widths)
 
 
 def random_prompts(options: DecodeOptions, vocab_size: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minift import modes
-from minift.bench.command import print_facts, read_options
+from minift.bench.command import print_facts, print_results, read_options
 from minift.bench.samples import write_base, write_rows
 from minift.data.dataset import load_examples
 from minift.device import choose_device
@@ -26,7 +26,7 @@ from minift.files import weights
 from minift.files.atomic import read_json
 from minift.files.hub import PRESETS
 from minift.options import option
-from minift.report.table import format_bytes, table_head, table_row
+from minift.report.table import format_bytes
 from minift.run import config as configuration
 from minift.run.folder import read_metrics
 from minift.training import iterate_steps
@@ -83,19 +83,15 @@ def bench_peer(arguments: list[str]) -> None:
     facts = print_facts(options, device)
     if not has_stack:
         print("transformers and peft are not installed: train.py alone is measured\n")
-    print(table_head(COLUMNS, WIDTHS))
-    results = []
+    options = replace(options, device=device.type)
     with tempfile.TemporaryDirectory() as folder:
         if options.model is None:
             write_base(Path(folder) / "base", options.size)
         if options.data is None:
             write_rows(Path(folder) / "rows.jsonl", 200 + options.batch * options.steps, options.tokens)
-        for mode in chosen:
-            for dtype in dtypes:
-                for result in measure(mode, dtype, replace(options, device=device.type), Path(folder), has_stack):
-                    results.append(result)
-                    print(table_row(result, COLUMNS, WIDTHS), flush=True)
-    print(json.dumps(facts | {"rows": results}))
+        results = (result for mode in chosen for dtype in dtypes
+                   for result in measure(mode, dtype, options, Path(folder), has_stack))
+        print_results(results, facts, COLUMNS, WIDTHS)
 
 
 def measure(mode: str, dtype: str, options: PeerOptions, folder: Path, has_stack: bool) -> list[dict[str, Any]]:

@@ -4,8 +4,8 @@ Each run is a process of its own with a few steps of ragged rows: the embedded b
 weights on embedded dialogues of the lengths of SAMSum or of DialogSum; or --model on --data.
 """
 
-import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from minift import modes
-from minift.bench.command import print_facts, read_options
+from minift.bench.command import print_facts, print_results, read_options
 from minift.bench.peer import TRAIN, run_python
 from minift.bench.samples import write_base, write_rows
 from minift.errors import UserError
@@ -21,7 +21,7 @@ from minift.files.atomic import read_json
 from minift.files.hub import PRESETS
 from minift.modes import MODES
 from minift.options import option
-from minift.report.table import format_bytes, table_head, table_row
+from minift.report.table import format_bytes
 
 PROMPT_TOKENS = {"samsum": 145, "dialogsum": 220}  # the mean of a prompt
 COLUMNS = {
@@ -52,17 +52,16 @@ def bench_plan(arguments: list[str]) -> None:
     if (options.model is None) != (options.data is None):
         raise UserError("--model and --data belong together: give both, or none")
     facts = print_facts(options, torch.device("cpu"))
-    print(table_head(COLUMNS, WIDTHS))
-    results = []
     with tempfile.TemporaryDirectory() as folder:
-        for base, rows, flags in cases(options, Path(folder)):
-            for mode in modes.parse_modes(options.mode):
-                for dtype in options.dtype.split(","):
-                    run = measure([*flags, "--mode", mode, "--dtype", dtype], options, Path(folder) / "run")
-                    result = {"base": base, "rows": rows, "mode": mode, "dtype": dtype} | run
-                    results.append(result)
-                    print(table_row(result, COLUMNS, WIDTHS), flush=True)
-    print(json.dumps(facts | {"rows": results}))
+        print_results(measure_all(options, Path(folder)), facts, COLUMNS, WIDTHS)
+
+
+def measure_all(options: PlanBenchOptions, folder: Path) -> Iterator[dict[str, Any]]:
+    for base, rows, flags in cases(options, folder):
+        for mode in modes.parse_modes(options.mode):
+            for dtype in options.dtype.split(","):
+                run = measure([*flags, "--mode", mode, "--dtype", dtype], options, folder / "run")
+                yield {"base": base, "rows": rows, "mode": mode, "dtype": dtype} | run
 
 
 def cases(options: PlanBenchOptions, folder: Path) -> list[tuple[str, str, list[str]]]:

@@ -4,7 +4,6 @@ Warm-up is not counted, and medians come with their range. The rate of arithmeti
 largest matrix product, measured in the same run. The last line is one JSON object.
 """
 
-import json
 import random
 import statistics
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import torch
 from minift import modes
 from minift.bench.busy import BUSY_COLUMNS, BUSY_WIDTHS, compare_busy
 from minift.bench.ceilings import linear_rate
-from minift.bench.command import print_facts, read_options
+from minift.bench.command import print_facts, print_results, read_options
 from minift.bench.models import SIZES, random_model
 from minift.bench.timing import time_each
 from minift.device import (
@@ -35,7 +34,7 @@ from minift.modes import MODES
 from minift.ops.kernel_choice import KERNELS, check_kernel
 from minift.options import flag, option
 from minift.plan import MemoryMeter
-from minift.report.table import format_bytes, table_head, table_row
+from minift.report.table import format_bytes
 from minift.run.config import TrainOptions
 from minift.training import apply_step, make_optimizer, train_step
 
@@ -86,13 +85,8 @@ def bench_train(arguments: list[str]) -> None:
     facts = print_facts(options, device, dtype=dtype_name(dtype))
     columns = COLUMNS | BUSY_COLUMNS if options.busy else COLUMNS
     widths = WIDTHS + BUSY_WIDTHS if options.busy else WIDTHS
-    print(table_head(columns, widths))
-    results = []
-    for name in names:
-        result = measure(name, mode_options(name, options), options, dtype, device)
-        results.append(result)
-        print(table_row(result, columns, widths), flush=True)
-    print(json.dumps(facts | {"rows": results}))
+    results = (measure(name, mode_options(name, options), options, dtype, device) for name in names)
+    print_results(results, facts, columns, widths)
 
 
 def check(options: TrainBenchOptions, names: list[str]) -> None:
@@ -137,7 +131,8 @@ def measure(name: str, chosen: Any, options: TrainBenchOptions, dtype: torch.dty
     modes.apply(model, name, chosen)
     model.checkpoint = options.checkpoint
     model.set_compute_dtype(dtype)
-    model.set_kernel(options.kernel or "auto")
+    if MODES[name].uses_kernel:  # as in training.apply_config
+        model.set_kernel(options.kernel or "auto")
     model.to(device).train()
     optimizer = make_optimizer(model, MODES[name].lr, MODES[name].weight_decay)
 

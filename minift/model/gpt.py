@@ -159,7 +159,7 @@ class Block(nn.Module):
     output of a sublayer, before it is added to the residual stream. An empty slot is the identity.
 
     A block does not add the output of its MLP, the `branch`, to the residual stream x. The next norm does: that of the
-    next block, or the last norm of the model.
+    next block, or the last norm of the model. With `checkpoint`, GPT.hidden does.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -173,8 +173,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor | None, rows: PackedRows, dropout: float = 0.0,
                 cache: KVCache | None = None, selected: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x and the branch of the block before, (N, C), None in the first block -> both for the next block: (N, C), or
-        (n, C) of the tokens that `selected` (n,) indexes. Keys and values use all tokens."""
+        """x (N, C), and the branch (N, C) that is still to be added to it, or None -> both for the next block: (N, C),
+        or (n, C) of the tokens that `selected` (n,) indexes. Keys and values use all tokens."""
         x, normed = self.ln_1(x, branch)
         attended = self.attn(normed, rows, dropout, cache, selected)
         return self.after_attention(select_tokens(x, selected), attended, dropout)
@@ -212,7 +212,7 @@ class GPT(nn.Module):
         # Settings, changed after construction.
         # The slot for a soft prompt: a module whose `weight` (P, C) replaces the embeddings of the reserved positions.
         self.prompt: nn.Module | None = None
-        # P, the reserved positions in front of every row. A mode sets it that fills `prompt`, or `prefix` of attention.
+        # P, the reserved positions in front of every row; set by a mode that fills `prompt`, or `prefix` of attention.
         self.prompt_tokens = 0
         self.dropout = 0.0  # GPT-2's embedding, attention and residual dropout, in training
         self.checkpoint = False  # recompute a block's activations in the backward pass: less memory, more time

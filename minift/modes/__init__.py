@@ -6,9 +6,9 @@ by name. The contract:
 
 - `apply(model, options)` gets a model whose parameters are all frozen. It adds modules, or replaces layers, and
   unfreezes the parameters that train. The optimizer gets these parameters, and a tuned file holds them.
-- `apply` runs twice in a run: on the meta device, to check the options and predict the memory, and on the real
-  model. Tensors on the meta device have no values, so `apply` must not read any (`.item()`, `if tensor`). It creates
-  new parameters on the device of the layer that they extend. In train.py the weights are fp32, in eval.py they are
+- `apply` runs on the meta device, to check the options and to predict the memory, and on the real model. Tensors on
+  the meta device have no values, so `apply` must not read any (`.item()`, `if tensor`). It creates new parameters on
+  the device of the layer that they extend. In train.py the weights are fp32, in eval.py they are
   already in the compute dtype: initial values computed from them differ by rounding, but a tuned file replaces them.
 - New parameters are fp32. A layer casts them to the dtype of its input at each use.
 - Only parameters that train are saved. A tensor that a mode adds and that does not train must follow from the options

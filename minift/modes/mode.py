@@ -16,7 +16,7 @@ class Mode:
     name: str
     Options: type  # a frozen dataclass; its fields become command-line flags
     apply: Callable[[GPT, Any], None]  # apply(model, options)
-    lr: float  # default peak learning rate; README.md says how it was found
+    lr: float  # default peak learning rate; minift/modes/README.md says how it was found
     embedded_lr: float  # the same for the embedded base
     weight_decay: float = 0.0  # default weight decay
     # give a new run initial values that depend on the tokenizer: start(model, options, tokenizer)

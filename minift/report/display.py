@@ -29,10 +29,10 @@ class Display:
 
     def time_left(self, part: float = 0.0) -> str:
         """`part`: of the current training, in 0..1. From the mean time of all trainings so far, with their scores."""
-        if self.trained + part == 0:
+        left = max(0, self.expected - self.number) + (1 - part if part else 0)
+        if self.trained + part == 0 or left == 0:
             return ""
-        seconds = (time.monotonic() - self.began) / (self.trained + part)
-        seconds *= max(0, self.expected - self.number) + (1 - part if part else 0)
+        seconds = (time.monotonic() - self.began) / (self.trained + part) * left
         return f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
 
     def skip(self, count: int) -> None:
@@ -103,7 +103,7 @@ class TrainingView:
                      "--steps")
 
 
-def status(mode: str, progress: Progress, steps: int, val_loss: float | None, lr: float = 0.0) -> str:
+def status(mode: str, progress: Progress, steps: int, val_loss: float | None, lr: float) -> str:
     """The line printed after a validation."""
     line = f"{mode} step {progress.step}/{steps}"
     val = "" if val_loss is None else f"  val {val_loss:.4f}"

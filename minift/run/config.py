@@ -91,6 +91,11 @@ class TrainOptions:
     resume: str | None = option(None, "resume the run in this folder, with the options it was started with; --epochs, "
                                       "--steps or --patience beside it continue a run beyond its end")
 
+    @property
+    def row_limits(self) -> dict[str, int | None]:
+        """{split: the most rows that are used, None for all}."""
+        return {"train": None, "val": self.val_rows, "test": self.test_rows}
+
 
 ON_RESUME = "--resume"  # the origin of an option that was changed when the run was resumed
 EXTENDING = ("epochs", "steps", "patience")  # the options that may be given beside --resume
