@@ -61,12 +61,13 @@ from minift.report.trials_table import trials_table
 from minift.run import config as configuration
 from minift.run.config import Config, TrainOptions
 from minift.run.extend import extend, how_to_extend
-from minift.run.folder import COMPARE, MetricsLog, StopSignals, choose_folder, finished, open_folder
+from minift.run.folder import COMPARE, MetricsLog, StopSignals, check_outside, choose_folder, finished, open_folder
 from minift.training import (
     PendingSteps,
     apply_step,
     build,
     build_on_meta,
+    count_totals,
     iterate_steps,
     largest_batch,
     learning_rate,
@@ -121,12 +122,16 @@ def main(arguments: list[str]) -> None:
     out = choose_folder(options.out, options.mode)
     configs = [replace(config, root=out) for config in configs]
     folders = [out / config.mode if is_comparison else out for config in configs]
+    if options.overwrite:
+        check_outside(out, {"--data": configs[0].data.data, "--model": options.model, "--general": options.general,
+                            "--adapter": options.adapter})
     task = Task(options, base, rows, data_quality, general_rows, Display(*expected_trainings(configs)))
     with open_folder(out, options.overwrite, resume=options.resume is not None):
         if not options.resume:
             write_configs(out, configs, folders)
         elif configs[0].extended:
-            runs = [run for pair in zip(configs, folders, strict=True) for run in repetitions(*pair)]
+            runs = [(run, folder, run_metadata(run, base, rows))
+                    for pair in zip(configs, folders, strict=True) for run, folder in repetitions(*pair)]
             extend(runs, total_steps(len(rows["train"]), options))
         results = []
         for config, folder in zip(configs, folders, strict=True):
@@ -293,21 +298,22 @@ def tune(config: Config, task: Task, folder: Path) -> dict[str, Any]:
 
 
 def memory_before(config: Config, task: Task) -> int:
-    """The memory in use before a run, in bytes, without the code that oneDNN compiled in an earlier one: the plan
-    counts it in each run."""
+    """The memory of a run's process without the run's tensors, in bytes: the memory in use before, and the code that
+    oneDNN will compile, unless an earlier run's is there."""
     import torch._dynamo  # noqa: F401  torch's optimizers import it, which takes 140 MB and 2 s: a part of every run
     device = choose_device(config.train.device)
     reset_peak_memory(device)  # gives freed memory back, which would count
     memory = resident_memory(device)
-    if task.has_trained:
-        memory -= compiled_code_bytes(device, choose_dtype(config.train.dtype, device))
+    if not task.has_trained:
+        totals = count_totals(task.rows["train"], config.train)
+        memory += compiled_code_bytes(device, choose_dtype(config.train.dtype, device), totals)
     return memory
 
 
 def predict_peak(config: Config, task: Task, memory: int) -> int | None:
-    """The plan's prediction of the peak memory in bytes, where `memory` was in use before. Called after the training,
-    which then begins some seconds earlier. None for a repetition, and with --shard: the plan knows a process that holds
-    the whole model."""
+    """The plan's prediction of the peak memory in bytes, where `memory` is that without the run's tensors. Called after
+    the training, which then begins some seconds earlier. None for a repetition, and with --shard: the plan knows a
+    process that holds the whole model."""
     if config.part or config.train.shard:
         return None
     meta_model = build_on_meta(task.base, config)
@@ -369,6 +375,7 @@ def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:
             if validates or stop:
                 checkpoint.save_last(folder, model, metadata, optimizer, progress)
                 view.draw()
+                (stop,) = all_sum(signals.received)  # a signal may have come meanwhile
             if stop:
                 print(f"stopped after step {progress.step}; python train.py --resume {config.root} continues from "
                       "there")

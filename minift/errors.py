@@ -52,8 +52,8 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run `main(arguments)`. A UserError, or too little memory, becomes one line on stderr and exit code 2
-    (`--debug` shows the traceback); Ctrl-C exits with 130."""
+    """Run `main(arguments)`. A UserError, a path that the system refuses, or too little memory becomes one line on
+    stderr and exit code 2 (`--debug` shows the traceback); Ctrl-C exits with 130."""
     for stream in (sys.stdout, sys.stderr):
         # a terminal's encoding may lack a character of the data; a test may have replaced the stream
         if isinstance(stream, io.TextIOWrapper):
@@ -68,12 +68,15 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as a shell reports it
     except Exception as error:
-        if not isinstance(error, UserError) and not out_of_memory(error):
+        is_path = isinstance(error, OSError) and error.filename is not None
+        if not isinstance(error, UserError) and not is_path and not out_of_memory(error):
             raise
         if "--debug" in arguments:
             traceback.print_exc()
         message = str(error)
-        if not isinstance(error, UserError):
+        if is_path:
+            message = f"{error.filename}: {error.strerror}; check the path and its permissions"
+        elif not isinstance(error, UserError):
             message = "out of memory; lower --batch, --max-length or the sizes of the mode: " + message
         # one line, and no control characters of a hostile file for the terminal
         line = "".join(c if c.isprintable() else " " for c in message)

@@ -69,6 +69,8 @@ def parse_list(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse_values
 
 
+# argparse's messages have these names: "invalid number value: 'nan'"
+parse_float.__name__, parse_int.__name__ = "number", "whole number"
 PARSERS: dict[type, Callable[[str], Any]] = {float: parse_float, int: parse_int}
 
 

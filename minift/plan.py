@@ -16,7 +16,14 @@ from torch.utils._pytree import tree_leaves
 
 from minift import modes
 from minift.data.dataset import load_examples
-from minift.device import choose_device, choose_dtype, dtype_name, process_bytes, resident_memory
+from minift.device import (
+    choose_device,
+    choose_dtype,
+    compiled_code_bytes,
+    dtype_name,
+    process_bytes,
+    resident_memory,
+)
 from minift.distributed import local_rows
 from minift.files import weights
 from minift.graphs import why_no_graphs
@@ -26,7 +33,7 @@ from minift.ops import FLOPS
 from minift.report.table import format_bytes, table
 from minift.report.trials_table import option_words
 from minift.run.config import Config
-from minift.training import build_on_meta, largest_batch, make_optimizer, train_step
+from minift.training import build_on_meta, count_totals, largest_batch, make_optimizer, train_step
 
 COLUMNS = {
     "mode": ("mode", str),
@@ -41,6 +48,7 @@ COLUMNS = {
     "flops_per_token": ("FLOPs/token", "{:.2e}".format),
 }
 ASSUMED_TOKENS = 512  # tokens of a row, for a plan without rows; a fifth of them are targets
+ASSUMED_TOTALS = 15  # different batch sizes in tokens, without rows
 
 aten = torch.ops.aten
 # {matrix product: the number of the argument that is its left matrix}
@@ -144,7 +152,7 @@ def make_fake(model: GPT, device: torch.device) -> None:
 
 def predict(config: Config, meta_model: GPT, batch: Sequence[Row]) -> dict[str, Any]:
     """One mode's cost under the names of COLUMNS, if every micro-batch is like `batch`. The peak is that of the run's
-    tensors on its device. `meta_model` comes from training.build_on_meta."""
+    tensors on its device, with the holes between them. `meta_model` comes from training.build_on_meta."""
     from torch._subclasses import FakeTensorMode  # imports a large part of torch, and only a plan needs it
     options = config.train
     device = choose_device(options.device)
@@ -187,7 +195,7 @@ def predict(config: Config, meta_model: GPT, batch: Sequence[Row]) -> dict[str, 
         "optimizer_bytes": nbytes(state),
         "activations_bytes": activations,
         "logits_bytes": meter.logits,
-        "predicted_peak_bytes": process_bytes(meter.peak, device, model.compute_dtype),
+        "predicted_peak_bytes": process_bytes(meter.peak, device),
         "tuned_bytes": nbytes(tuned.values()),
         "flops_per_token": step_flops / tokens,
     }
@@ -212,12 +220,12 @@ def report(configs: list[Config]) -> str:
     if data.data and base.tokenizer is not None:
         rows, *_ = load_examples(data, options.seed, base.tokenizer, weights.required_eos(base), max_tokens,
                                 options.row_limits)  # of a run, whose cache is then used
-        batch = largest_batch(rows["train"], options)
+        batch, totals = largest_batch(rows["train"], options), count_totals(rows["train"], options)
         origin = f"the largest batch of {data.data}"
     else:
         tokens = min(data.max_length or ASSUMED_TOKENS, max_tokens)
         num_targets = max(1, tokens // 5)
-        batch = [Row([0] * tokens, ((tokens - num_targets, tokens),))] * options.batch
+        batch, totals = [Row([0] * tokens, ((tokens - num_targets, tokens),))] * options.batch, ASSUMED_TOTALS
         origin = "assumed: give --data and a folder with a tokenizer to plan with real rows"
     results = []
     for of_mode, their_models in zip(settings, models, strict=True):
@@ -231,6 +239,7 @@ def report(configs: list[Config]) -> str:
         results.append(max(costs, key=lambda cost: cost["predicted_peak_bytes"]))
     # measured after planning, which needs memory too and is part of every run
     resident = resident_memory(device)
+    resident += compiled_code_bytes(device, choose_dtype(options.dtype, device), totals)
     for result in results:
         result["predicted_peak_bytes"] += resident
     dtype = dtype_name(choose_dtype(options.dtype, device))
@@ -244,5 +253,5 @@ def report(configs: list[Config]) -> str:
         f"plan of {options.model}: {parameters:,} parameters, on {device} in {dtype}; nothing is loaded",
         f"a batch of {len(batch)} rows with {batch_tokens:,} tokens, of which {batch_targets:,} are targets ({origin})",
         f"peak: all tensors alive at one time, on a CPU three tenths more for holes in the heap, and the "
-        f"{format_bytes(resident)} in use without them{graphs_note}",
+        f"{format_bytes(resident)} of the process without them{graphs_note}",
         "", table(results, COLUMNS)])

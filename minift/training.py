@@ -22,6 +22,7 @@ from minift.errors import UserError
 from minift.files.weights import Base
 from minift.model.gpt import GPT
 from minift.model.packing import Row
+from minift.ops.attention import padded_length
 from minift.ops.kernel_choice import check_kernel
 from minift.run.config import Config, TrainOptions
 
@@ -164,6 +165,18 @@ def largest_batch(rows: Sequence[Row], options: TrainOptions) -> Sequence[Row]:
             if size > largest_size:
                 largest, largest_size = batch, size
     return [rows[number] for number in largest]
+
+
+def count_totals(rows: Sequence[Row], options: TrainOptions) -> int:
+    """How many different numbers of tokens the batches of a run have, where they are padded for oneDNN."""
+    lengths = row_lengths(rows)
+    steps = itertools.islice(iterate_numbers(lengths, options, 0), total_steps(len(rows), options))
+    totals = set()
+    for micro_batches in steps:
+        for batch in micro_batches:
+            seqlens = (lengths[batch] - 1).tolist()  # the model does not read the last token of a row
+            totals.add(padded_length(seqlens, round_shapes=True))
+    return len(totals)
 
 
 class StepResult:

@@ -130,7 +130,7 @@ def test_the_scripts_refuse_it(folder: Path, name: str, kind: str, tmp_path: Pat
 def test_resuming_continues_without_the_best_file(folder: Path) -> None:
     """As the message of a damaged tuned.safetensors promises: the last parameters take its place."""
     values, metadata = checkpoint.read(folder / LAST)
-    progress = checkpoint.saved_progress(folder)
+    progress = checkpoint.saved_progress(folder, metadata)
     progress.best_step, progress.best_val_loss = 1, progress.best_val_loss - 0.5  # those of the lost file were better
     checkpoint.write(folder / LAST, values, metadata | {"progress": json.dumps(asdict(progress))})
     last = tensors(folder / LAST)
@@ -144,7 +144,7 @@ def test_resuming_continues_without_the_best_file(folder: Path) -> None:
     assert evaluate(folder, "--prompt", "a").code == 0
     # a later start compares with this file, not with the one that was lost
     saved = checkpoint.read(folder / TUNED)[1]
-    progress = checkpoint.saved_progress(folder)
+    progress = checkpoint.saved_progress(folder, checkpoint.read(folder / LAST)[1])
     assert float(saved["val_loss"]) == progress.best_val_loss and int(saved["step"]) == progress.best_step
 
 

@@ -33,6 +33,7 @@ from scripts import (
     write_pairs,
 )
 
+import train as train_script
 from minift.files import checkpoint
 from minift.run import folder as run
 
@@ -119,6 +120,9 @@ def test_a_comparison_is_resumed_as_one(
         assert_same_run(tmp_path / "whole" / mode, tmp_path / "x" / mode)
     compared = [json_of(tmp_path / folder / "compare.json") for folder in ("whole", "x")]
     assert [result["test_loss"] for result in compared[0]] == [result["test_loss"] for result in compared[1]]
+    (tmp_path / "x" / "lora" / "result.json").write_text('{"seeds": [0]}')  # damaged, so it is made again
+    trained("--resume", tmp_path / "x")
+    assert json_of(tmp_path / "x" / "compare.json")[0]["test_loss"] == compared[1][0]["test_loss"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -387,3 +391,55 @@ def test_a_comparison_continues_with_each_of_its_runs(
         assert_same_but_size(tmp_path / "whole" / mode, tmp_path / "x" / mode)
     compared = [json_of(tmp_path / folder / "compare.json") for folder in ("whole", "x")]
     assert [result["test_loss"] for result in compared[0]] == [result["test_loss"] for result in compared[1]]
+
+
+def test_a_refused_extension_changes_nothing(common: list[str], tmp_path: Path) -> None:
+    folder, pairs = tmp_path / "x", write_pairs(tmp_path / "pairs")
+    trained(*common, "--data", pairs, "--steps", 4, "--out", folder)
+
+    def refused(reason: str) -> None:
+        before = {name: (folder / name).read_bytes() for name in files(folder)}
+        ended = train("--resume", folder, "--steps", 8)
+        assert ended.code == 2 and reason in ended.err and ended.err.count("\n") == 1, ended.err
+        assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+
+    lines = (pairs / "train.jsonl").read_text()
+    (pairs / "train.jsonl").write_text(lines.partition("\n")[2])
+    refused("other training or validation rows")
+    (pairs / "train.jsonl").write_text(lines)
+    log = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text("garbage\n" + log)
+    refused("metrics.jsonl:1 cannot be read")
+    (folder / "metrics.jsonl").write_text(log)
+    trained("--resume", folder, "--steps", 8)
+
+
+def test_an_input_in_the_folder_is_not_overwritten(common: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    trained(*common, "--steps", 1, "--out", folder)
+    inside = write_pairs(folder / "pairs")
+    ended = train(*common, "--data", inside, "--steps", 1, "--out", folder, "--overwrite")
+    assert ended.code == 2 and f"--data {inside} is in --out {folder}" in ended.err and ended.err.count("\n") == 1
+    assert (inside / "train.jsonl").exists() and (folder / "result.json").exists()
+
+
+@pytest.mark.parametrize("name", ["validate", "save_last"])
+def test_a_signal_at_the_last_step_ends_the_run(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """While it validates or saves, after all steps: the scores are left for --resume."""
+    where = train_script if name == "validate" else checkpoint
+    original = getattr(where, name)
+
+    def call(*arguments: Any) -> Any:
+        if arguments[-1].step == 4:  # the progress
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, call)
+        ended = train(*common, "--steps", 4, "--out", tmp_path / "x")
+    assert ended.code == 143 and "stopped after step 4" in ended.out and not (tmp_path / "x" / "result.json").exists()
+    trained("--resume", tmp_path / "x")
+    trained(*common, "--steps", 4, "--out", tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "x")

@@ -8,6 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from data_files import EOS, byte_tokenizer, encode, example, jsonl, load, numbered, write
 
 from minift.data import dataset, pair_file, row_store
@@ -16,8 +17,9 @@ from minift.data.pairs import Pair
 from minift.data.tokens import Example
 from minift.errors import UserError
 from minift.files import checkpoint
+from minift.model.packing import pack
 from minift.run.config import TrainOptions
-from minift.training import iterate_steps, largest_batch
+from minift.training import count_totals, iterate_steps, largest_batch
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
                      {"role": "user", "content": "Bye\n"}, {"role": "assistant", "content": " Bye. \u00e9\u4e2d"}]}
@@ -99,6 +101,8 @@ def test_the_largest_batch_is_the_one_with_the_most_padded_tokens(tmp_path):
     batches = [batch for epoch in range(2) for batch in old_batches(list(rows["train"]), 7, 0, epoch)]
     sizes = [len(batch) * max(len(row.ids) for row in batch) for batch in batches]
     assert largest_batch(rows["train"], options) == batches[sizes.index(max(sizes))]
+    totals = {len(pack(batch, 0, torch.device("cpu"), round_shapes=True).tokens) for batch in batches}
+    assert count_totals(rows["train"], options) == len(totals) > 1
 
 
 def test_a_row_takes_some_bytes_beside_its_tokens(tmp_path, monkeypatch):

@@ -440,10 +440,10 @@ def test_a_trial_that_fails_does_not_end_the_search(common: list[Any], tmp_path:
     (["--lr", "auto,1e-3"], "argument --lr: invalid parse_rates value: 'auto,1e-3'"),
     (["--lr", "1e-3,0"], "--lr 0.0: must be above 0"),
     (["--rank", "4,0"], "--rank 0: must be at least 1"),
-    (["--rank", "auto"], "argument --rank: invalid parse_int value: 'auto'"),
+    (["--rank", "auto"], "argument --rank: invalid whole number value: 'auto'"),
     (["--mode", "full", "--rank", "4,8"], "--rank belongs to mode lora"),
     (["--mode", "prompt", "--prompt-tokens", "3,96"], "96"),
-    (["--batch", "4,8"], "argument --batch: invalid parse_int value: '4,8'"),
+    (["--batch", "4,8"], "argument --batch: invalid whole number value: '4,8'"),
     (["--split", "90,0,10"], "there are no validation rows"),
 ])  # fmt: skip
 def test_refusals(common: list[Any], tmp_path: Path, arguments: list[str], words: str) -> None:

@@ -75,6 +75,7 @@ def place(tmp_path: Path, model_folder: Path, sound_run: Path) -> Place:
 
 ROW = '{"prompt": "a b", "completion": "c"}\n'
 ROWS = "".join(f'{{"prompt": "row {i}", "completion": "c"}}\n' for i in range(30))
+LONG = 300 * "x"  # for a file name
 DEEP = "[" * 100_000 + "]" * 100_000
 TOKENIZER = {
     "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
@@ -246,6 +247,8 @@ TRAIN: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
         ["token 5000", "320"]),
     "vocab.json is a list": (lambda p: p.in_model("vocab.json", "[]"), ["tokenizer's files"]),
     # the data
+    "data with a name that is too long": (
+        lambda p: ["--model", p.model, "--data", LONG], ["File name too long", "check the path"]),
     "no such data": (
         lambda p: ["--model", p.model, "--data", "nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
     "an unknown kind of file": (lambda p: p.data("x.parquet", b"PAR1"), ["Parquet", "convert", ".jsonl"]),
@@ -312,6 +315,7 @@ def test_there_are_at_least_sixty_of_them() -> None:
 # what --out may not be: (a path made from a Place, words)
 OUT: dict[str, tuple[Callable[[Place], Path], list[str]]] = {
     "a file": (lambda p: p.file("out", "mine"), ["built/out", "File exists"]),
+    "a name that is too long": (lambda p: p.folder / LONG, ["File name too long", "--out"]),
     "below a file": (lambda p: p.file("out", "mine") / "below", ["built/out/below", "Not a directory"]),
     "a run": (lambda p: p.run, ["exists already", "--overwrite"]),
     "a base": (lambda p: p.model, ["exists already"]),
@@ -351,6 +355,10 @@ def other_base(place: Place) -> Path:
 EVAL: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     "no run": (lambda p: [], ["run", "--help"]),
     "no such run": (lambda p: ["nowhere"], ["nowhere", "config.json"]),
+    "a name that is too long": (lambda p: [LONG], ["File name too long", "check the path"]),
+    "a score that is a text": (
+        lambda p: ["--compare", edited(p, "result.json", '"rougeL": ', '"rougeL": "x", "was": ')],
+        ["result.json", "rougeL is not a number"]),
     "a base for a run": (lambda p: [p.model], ["config.json", "cannot be used"]),
     "a file for a run": (lambda p: [p.file("x", "")], ["built/x"]),
     "unknown flag": (lambda p: [p.run, "--verbose"], ["--verbose", "--help"]),

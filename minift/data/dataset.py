@@ -257,7 +257,8 @@ def encode_split(name: str, pairs: StoredPairs, encoder: Encoder, tokenizer: Any
                 writer.append(name, row, number if row.pair is pair else pairs.file.append(row.pair))
     if pairs and len(writer) == first:
         raise UserError(f"{pairs[0].where} and every other row: no room in {encoder.max_length} tokens for completion"
-                        " and a token of the prompt, raise --max-length")
+                        " and a token of the prompt: shorten them, or raise --max-length where the model has more "
+                        "positions")
     return counts
 
 

@@ -314,9 +314,15 @@ def load_last(folder: Path, model: GPT, metadata: dict[str, str],
     return read_progress(found, path)
 
 
-def saved_progress(folder: Path) -> Progress:
-    """How far the run in a folder is, from its last state. Raises UserError."""
-    return broadcast(lambda: read_progress(read(folder / LAST)[1], folder / LAST))
+def saved_progress(folder: Path, expected: dict[str, str]) -> Progress:
+    """How far the run in a folder is, from its last state. Raises UserError when the file is damaged or has other
+    metadata than `expected`, of other options, rows or base."""
+    def read_last() -> Progress:
+        _, found = read(folder / LAST)
+        check_metadata(found, expected, folder / LAST)
+        return read_progress(found, folder / LAST)
+
+    return broadcast(read_last)
 
 
 def read_progress(metadata: dict[str, str], path: Path) -> Progress:

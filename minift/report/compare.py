@@ -14,10 +14,11 @@ from minift.files.atomic import write_json, write_text
 from minift.report import plot, use
 from minift.report.findings import Finding, findings
 from minift.report.groups import Group, group_runs
-from minift.report.runs import NEEDED, Run, find_runs, load_result, load_run
+from minift.report.runs import Run, find_runs, load_run
 from minift.report.sizes import of_several_sizes, size_table
 from minift.report.table import Columns, format_bytes, table
 from minift.report.trials_table import option_words, trials_table
+from minift.run.folder import NEEDED, load_result
 
 four_digits = "{:.4f}".format
 percent = "{:.1%}".format

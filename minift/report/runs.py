@@ -4,18 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minift.errors import UserError
-from minift.files.atomic import read_json
 from minift.report import test_rows
 from minift.report.test_rows import RowScores
 from minift.run.folder import read_trials
-
-# A result.json without these names cannot be compared; all others may be absent or None.
-NEEDED = {
-    "mode", "learning_rate", "trainable_parameters", "trainable_share", "peak_memory_bytes", "predicted_peak_bytes",
-    "tokens_per_second", "tuned_bytes", "best_val_loss", "test_loss", "rougeL", "exact_match", "forgetting",
-    "base_test_loss", "base_rougeL", "best_step", "steps",
-}  # fmt: skip
 
 
 @dataclass
@@ -45,15 +36,6 @@ def load_run(folder: Path, name: str, result: dict[str, Any]) -> Run:
     if None in rows or not all(one.same_rows(rows[0]) for one in rows):
         rows = []
     return Run(name, result, rows, read_trials(folder))
-
-
-def load_result(folder: Path) -> dict[str, Any]:
-    """The result.json of a run. Raises UserError if it is damaged or lacks a name."""
-    path = folder / "result.json"
-    result = read_json(path, dict)
-    if missing := NEEDED - result.keys():
-        raise UserError(f"{path} cannot be used: {', '.join(sorted(missing))} missing; leave this run out")
-    return result
 
 
 def find_runs(paths: list[Path]) -> tuple[list[Path], list[Path]]:

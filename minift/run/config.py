@@ -108,6 +108,8 @@ def parse_rates(text: str) -> Any:
     return AUTO if text == "auto" else parse_list(parse_float)(text)
 
 
+parse_rates.__name__ = "number, list of numbers or auto"  # in argparse's messages
+
 @dataclass(frozen=True)
 class Config:
     """A run's resolved options, and the origin of each: {name: (value, origin)}. `search` has the options with several
@@ -174,7 +176,9 @@ def parse(arguments: list[str], description: str) -> list[Config]:
     if args.resume:
         return resume(args)
     adapter = read_adapter(args) if args.adapter is not None else None
-    mode_arg = args.mode or ("all" if args.plan else TrainOptions.mode)
+    mode_arg = args.mode
+    if mode_arg is None:
+        mode_arg = "all" if args.plan else TrainOptions.mode
     chosen = [adapter.mode] if adapter else modes.parse_modes(mode_arg)
     check_flags(args, chosen)
     return [make_config(args, mode, adapter) for mode in chosen]

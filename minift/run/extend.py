@@ -3,28 +3,35 @@
 from dataclasses import replace
 from pathlib import Path
 
-from minift.distributed import is_main
+from minift.distributed import broadcast, is_main
 from minift.errors import UserError
 from minift.files import checkpoint
 from minift.files.checkpoint import Progress
 from minift.run import config as configuration
 from minift.run.config import Config
+from minift.run.folder import read_metrics
 
 
-def extend(runs: list[tuple[Config, Path]], steps: int) -> None:
-    """Save the new options of every run, and remove the results of the shorter runs. `steps` is the new number of
-    steps. Raises UserError, before anything changes, if a run has done more steps already, or is still searched for."""
-    for config, folder in runs:
+def extend(runs: list[tuple[Config, Path, dict[str, str]]], steps: int) -> None:
+    """Save the new options of every run, and remove the results of the shorter runs. A run comes with the metadata
+    that its files must have; `steps` is the new number of steps.
+
+    Raises UserError, before anything changes, if a run cannot be continued, has done more steps already, or is still
+    searched for.
+    """
+    for config, folder, metadata in runs:
         if not checkpoint.has_saved(folder):
             if config.search:
                 raise UserError(f"{folder} has trials to do: train.py --resume {config.root} without new options ends "
                                 "the search, and what it chooses can then be continued")
             continue  # a run of a comparison that did not begin yet
-        done = checkpoint.saved_progress(folder).step
+        done = checkpoint.saved_progress(folder, metadata).step
+        if done:
+            broadcast(lambda folder=folder: bool(read_metrics(folder)))  # raises if the file is damaged
         if steps < done:
             raise UserError(f"{folder} has done {done} steps already, and would end after {steps} with these options: "
                             "give a larger --epochs or --steps")
-    for config, folder in runs:
+    for config, folder, _ in runs:
         if is_main():
             # first: a run of a comparison that has a result.json is not run again
             (folder / "result.json").unlink(missing_ok=True)

@@ -26,6 +26,12 @@ from minift.files.atomic import read_json, read_json_lines, write_text
 from minift.files.checkpoint import TUNED, read
 
 COMPARE, TRIALS = "compare.json", "trials.jsonl"
+# A result.json without these names cannot be compared; all others may be absent. Each but mode is a number or null.
+NEEDED = {
+    "mode", "learning_rate", "trainable_parameters", "trainable_share", "peak_memory_bytes", "predicted_peak_bytes",
+    "tokens_per_second", "tuned_bytes", "best_val_loss", "test_loss", "rougeL", "exact_match", "forgetting",
+    "base_test_loss", "base_rougeL", "best_step", "steps",
+}  # fmt: skip
 
 
 def is_run(folder: Path) -> bool:
@@ -126,6 +132,13 @@ def choose_folder(out: str | None, mode_arg: str) -> Path:
     return broadcast(next_free)
 
 
+def check_outside(folder: Path, inputs: dict[str, str | None]) -> None:
+    """Raises UserError if one of the inputs, {flag: path}, is in the folder of a run, which --overwrite empties."""
+    for name, path in inputs.items():
+        if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{name} {path} is in --out {folder}, which --overwrite empties: name another --out")
+
+
 class MetricsLog:
     """metrics.jsonl, written line by line by rank 0. Opened at step n, it drops the lines after n: those steps will
     run again."""
@@ -182,12 +195,24 @@ def read_trials(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def load_result(folder: Path) -> dict[str, Any]:
+    """The result.json of a run. Raises UserError if it is damaged or lacks a name."""
+    path = folder / "result.json"
+    result = read_json(path, dict)
+    if missing := NEEDED - result.keys():
+        raise UserError(f"{path} cannot be used: {', '.join(sorted(missing))} missing; leave this run out")
+    for name in sorted(NEEDED - {"mode"}):
+        if not isinstance(result[name], int | float | None):
+            raise UserError(f"{path} cannot be used: {name} is not a number; leave this run out")
+    return result
+
+
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The content of result.json, if the run has ended and its tuned file is intact."""
+    """The content of result.json, if the run has ended, and it and the tuned file are intact."""
     def read_result() -> dict[str, Any] | None:
         try:
             read(folder / TUNED)
-            return read_json(folder / "result.json", dict)
+            return load_result(folder)
         except UserError:
             return None
 
