@@ -436,8 +436,8 @@ def test_a_trial_that_fails_does_not_end_the_search(common: list[Any], tmp_path:
 
 @pytest.mark.parametrize("arguments, words", [
     (["--lr", "1e-3,1e-3"], "argument --lr: 1e-3,1e-3: a value is repeated"),
-    (["--lr", "1e-3,x"], "argument --lr: invalid parse_rates value: '1e-3,x'"),
-    (["--lr", "auto,1e-3"], "argument --lr: invalid parse_rates value: 'auto,1e-3'"),
+    (["--lr", "1e-3,x"], "argument --lr: invalid number, list of numbers or auto value: '1e-3,x'"),
+    (["--lr", "auto,1e-3"], "argument --lr: invalid number, list of numbers or auto value: 'auto,1e-3'"),
     (["--lr", "1e-3,0"], "--lr 0.0: must be above 0"),
     (["--rank", "4,0"], "--rank 0: must be at least 1"),
     (["--rank", "auto"], "argument --rank: invalid whole number value: 'auto'"),
