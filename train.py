@@ -272,7 +272,8 @@ def tune(config: Config, task: Task, folder: Path) -> dict[str, Any]:
     options, base, rows, started = config.train, task.base, task.rows, time.perf_counter()
     if config.part:  # a repetition has a folder of its own
         configuration.save(folder, config)
-    memory = memory_before(config, task)
+    memory = memory_before(options)
+    compiles = not task.has_trained  # later runs of a process find most of oneDNN's code compiled
     total = count(base.model)
     model = build(base, config)
     trainable = sum(parameter.numel() for parameter in modes.tuned_parameters(model).values())
@@ -285,7 +286,8 @@ def tune(config: Config, task: Task, folder: Path) -> dict[str, Any]:
     facts = progress_facts(progress, folder) | {
         "mode": config.mode, "base": options.model, "learning_rate": options.lr,
         "trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total,
-        "tuned_bytes": checkpoint.tuned_bytes(folder), "predicted_peak_bytes": predict_peak(config, task, memory),
+        "tuned_bytes": checkpoint.tuned_bytes(folder),
+        "predicted_peak_bytes": predict_peak(config, task, memory, compiles),
         "seconds": time.perf_counter() - started, "data_quality": task.data_quality}
     result = make_result(facts, scores, task.base_scores)
     test_rows.write(folder, scores, task.base_scores)
@@ -297,28 +299,27 @@ def tune(config: Config, task: Task, folder: Path) -> dict[str, Any]:
     return result
 
 
-def memory_before(config: Config, task: Task) -> int:
-    """The memory of a run's process without the run's tensors, in bytes: the memory in use before, and the code that
-    oneDNN will compile, unless an earlier run's is there."""
+def memory_before(options: TrainOptions) -> int:
+    """The memory of the process before a run, in bytes."""
     import torch._dynamo  # noqa: F401  torch's optimizers import it, which takes 140 MB and 2 s: a part of every run
-    device = choose_device(config.train.device)
+    device = choose_device(options.device)
     reset_peak_memory(device)  # gives freed memory back, which would count
-    memory = resident_memory(device)
-    if not task.has_trained:
-        totals = count_totals(task.rows["train"], config.train)
-        memory += compiled_code_bytes(device, choose_dtype(config.train.dtype, device), totals)
-    return memory
+    return resident_memory(device)
 
 
-def predict_peak(config: Config, task: Task, memory: int) -> int | None:
-    """The plan's prediction of the peak memory in bytes, where `memory` is that without the run's tensors. Called after
-    the training, which then begins some seconds earlier. None for a repetition, and with --shard: the plan knows a
-    process that holds the whole model."""
-    if config.part or config.train.shard:
+def predict_peak(config: Config, task: Task, memory: int, compiles: bool) -> int | None:
+    """The plan's prediction of the peak memory in bytes, with `memory` before the run; `compiles`: the run compiles
+    oneDNN's code. Called after the training, which then begins some seconds earlier. None for a repetition, and with
+    --shard: the plan knows a process that holds the whole model."""
+    options, rows = config.train, task.rows["train"]
+    if config.part or options.shard:
         return None
-    meta_model = build_on_meta(task.base, config)
-    cost = plan.predict(config, meta_model, largest_batch(task.rows["train"], config.train))
-    return memory + cost["predicted_peak_bytes"]
+    cost = plan.predict(config, build_on_meta(task.base, config), largest_batch(rows, options))
+    peak = memory + cost["predicted_peak_bytes"]
+    if compiles:
+        device = choose_device(options.device)
+        peak += compiled_code_bytes(device, choose_dtype(options.dtype, device), count_totals(rows, options))
+    return peak
 
 
 def train(model: GPT, config: Config, task: Task, folder: Path) -> Progress:

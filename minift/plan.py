@@ -220,12 +220,14 @@ def report(configs: list[Config]) -> str:
     if data.data and base.tokenizer is not None:
         rows, *_ = load_examples(data, options.seed, base.tokenizer, weights.required_eos(base), max_tokens,
                                 options.row_limits)  # of a run, whose cache is then used
-        batch, totals = largest_batch(rows["train"], options), count_totals(rows["train"], options)
+        batch = largest_batch(rows["train"], options)
+        totals = count_totals(rows["train"], options)
         origin = f"the largest batch of {data.data}"
     else:
         tokens = min(data.max_length or ASSUMED_TOKENS, max_tokens)
         num_targets = max(1, tokens // 5)
-        batch, totals = [Row([0] * tokens, ((tokens - num_targets, tokens),))] * options.batch, ASSUMED_TOTALS
+        batch = [Row([0] * tokens, ((tokens - num_targets, tokens),))] * options.batch
+        totals = ASSUMED_TOTALS
         origin = "assumed: give --data and a folder with a tokenizer to plan with real rows"
     results = []
     for of_mode, their_models in zip(settings, models, strict=True):

@@ -110,6 +110,7 @@ def parse_rates(text: str) -> Any:
 
 parse_rates.__name__ = "number, list of numbers or auto"  # in argparse's messages
 
+
 @dataclass(frozen=True)
 class Config:
     """A run's resolved options, and the origin of each: {name: (value, origin)}. `search` has the options with several
